@@ -1,0 +1,111 @@
+"""The vocabulary of decomposition: the shape of a convolution, and the chain that replaces one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ConvSpec:
+    """Everything about a 2-D convolution but its weights and the size of its input."""
+
+    in_channels: int
+    out_channels: int
+    kernel: Pair
+    strides: Pair = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)  # top, left, bottom, right
+    dilation: Pair = (1, 1)
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        if self.in_channels % self.groups or self.out_channels % self.groups:
+            raise ValueError(
+                f"channels {self.in_channels}->{self.out_channels} do not divide into {self.groups} groups"
+            )
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        """OIHW: (out_channels, in_channels / groups, kernel height, kernel width)."""
+        return (self.out_channels, self.in_channels // self.groups, *self.kernel)
+
+    def output_size(self, size: Pair) -> Pair:
+        """(height, width) of the output for an input of (height, width)."""
+        top, left, bottom, right = self.padding
+        height, width = (
+            (extent + pads - dilation * (kernel - 1) - 1) // stride + 1
+            for extent, pads, kernel, stride, dilation in zip(
+                size, (top + bottom, left + right), self.kernel, self.strides, self.dilation, strict=True
+            )
+        )
+        return height, width
+
+    def macs(self, size: Pair) -> int:
+        """Multiply-accumulates for one image whose input is (height, width)."""
+        return int(np.prod(self.output_size(size)) * np.prod(self.weight_shape))
+
+    def columns(self) -> ConvSpec:
+        """The same convolution along the kernel's height only: the kh x 1 factor's geometry."""
+        top, _, bottom, _ = self.padding
+        return replace(
+            self,
+            kernel=(self.kernel[0], 1),
+            strides=(self.strides[0], 1),
+            padding=(top, 0, bottom, 0),
+            dilation=(self.dilation[0], 1),
+        )
+
+    def rows(self) -> ConvSpec:
+        """The same convolution along the kernel's width only: the 1 x kw factor's geometry."""
+        _, left, _, right = self.padding
+        return replace(
+            self,
+            kernel=(1, self.kernel[1]),
+            strides=(1, self.strides[1]),
+            padding=(0, left, 0, right),
+            dilation=(1, self.dilation[1]),
+        )
+
+    def pointwise(self) -> ConvSpec:
+        """A 1 x 1 convolution with the same channels and groups."""
+        return ConvSpec(self.in_channels, self.out_channels, (1, 1), groups=self.groups)
+
+
+@dataclass(frozen=True, eq=False)
+class Conv:
+    """A convolution with its weights (float32, OIHW)."""
+
+    spec: ConvSpec
+    weight: np.ndarray
+
+    def __post_init__(self) -> None:
+        if self.weight.shape != self.spec.weight_shape:
+            raise ValueError(f"weight {self.weight.shape} does not fit {self.spec}")
+
+
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """The convolutions that replace a site, in order, and what to add to the site's bias (shape (N,)) after the last.
+
+    Only the last convolution has a bias: one further in front would be wrong at zero-padded borders.
+    """
+
+    convs: tuple[Conv, ...]
+    bias_correction: np.ndarray | None = None
+
+    @property
+    def specs(self) -> tuple[ConvSpec, ...]:
+        return tuple(conv.spec for conv in self.convs)
+
+
+def chain_macs(specs: Iterable[ConvSpec], size: Pair) -> int:
+    """Multiply-accumulates of a chain for one image whose input is (height, width)."""
+    total = 0
+    for spec in specs:
+        total += spec.macs(size)
+        size = spec.output_size(size)
+    return total

@@ -1,0 +1,40 @@
+"""Second-order input statistics of a convolution, and the error that a changed weight has under them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tvm_lowrank.decompose.chain import ConvSpec
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Mean and covariance of the columns (patches) that a convolution multiplies, one entry per group, float64.
+
+    A column has D = C/g * kh * kw entries in the order of an OIHW kernel's last three axes; zero padding counts as
+    input, since the convolution sees it. ``mean`` is (g, D), ``covariance`` (g, D, D).
+    """
+
+    mean: np.ndarray
+    covariance: np.ndarray
+
+    def __post_init__(self) -> None:
+        groups, size = self.mean.shape
+        if self.covariance.shape != (groups, size, size):
+            raise ValueError(f"covariance {self.covariance.shape} does not fit mean {self.mean.shape}")
+
+
+def grouped(weight: np.ndarray, spec: ConvSpec) -> np.ndarray:
+    """An OIHW weight as one float64 matrix per group: (g, N/g, C/g * kh * kw)."""
+    if weight.shape != spec.weight_shape:
+        raise ValueError(f"weight {weight.shape} does not fit {spec}")
+    return weight.astype(np.float64).reshape(spec.groups, spec.out_channels // spec.groups, -1)
+
+
+def output_power(matrices: np.ndarray, moments: Moments | None) -> float:
+    """Expected squared norm of the centred output of (g, N/g, D) matrices; the squared weights without moments."""
+    if moments is None:
+        return float(np.sum(matrices**2))
+    return float(np.einsum("gnd,gde,gne->", matrices, moments.covariance, matrices, optimize=True))

@@ -1,0 +1,85 @@
+"""The plan: the chosen (method, rank) for every site, a small JSON file that people may edit by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tvm_lowrank.errors import UserError
+
+SCHEMA = 1
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a site becomes: a method's name and its rank (None for `dense`)."""
+
+    method: str = DENSE
+    rank: int | tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.method == DENSE) != (self.rank is None):
+            raise ValueError(f"method {self.method!r} cannot have rank {self.rank!r}")
+
+    def __str__(self) -> str:
+        return self.method if self.rank is None else f"{self.method} {self.rank}"
+
+
+@dataclass(frozen=True)
+class Plan(Mapping[str, Choice]):
+    """Site id to choice; sites that are not named stay dense."""
+
+    choices: Mapping[str, Choice] = field(default_factory=dict)
+
+    def __getitem__(self, site: str) -> Choice:
+        return self.choices[site]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.choices)
+
+    def __len__(self) -> int:
+        return len(self.choices)
+
+    def to_json(self) -> str:
+        sites = {
+            site: {"method": c.method} if c.rank is None else {"method": c.method, "rank": c.rank}
+            for site, c in self.choices.items()
+        }
+        return json.dumps({"schema": SCHEMA, "sites": sites}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, name: str = "plan") -> Plan:
+        """Parse `to_json`'s output.
+
+        Raises
+        ------
+        UserError
+            If the text is not a plan of this schema; the message names the entry.
+        """
+        try:
+            document = json.loads(text)
+            schema, sites = document["schema"], document["sites"].items()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{name} is not a plan: {error}; it needs 'schema' and 'sites'") from error
+        if schema != SCHEMA:
+            raise UserError(f"{name} has schema {schema!r}; this version reads schema {SCHEMA}")
+        choices = {}
+        for site, entry in sites:
+            try:
+                rank = entry.get("rank")
+                choices[site] = Choice(entry["method"], tuple(rank) if isinstance(rank, list) else rank)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(
+                    f'{name}: site {site!r} is malformed: {error}; e.g. {{"method": "spatial", "rank": 32}}'
+                ) from error
+        return cls(choices)
+
+    @classmethod
+    def read(cls, path: Path) -> Plan:
+        try:
+            return cls.from_json(path.read_text(), name=str(path))
+        except OSError as error:
+            raise UserError(f"cannot read plan {path}: {error.strerror}") from error
