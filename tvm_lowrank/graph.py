@@ -118,3 +118,15 @@ def find_sites(mod: IRModule, name: str = "main") -> list[Site]:
         size = (int(data["H"]), int(data["W"]))
         sites.append(Site(binding.var.name, conv_spec(call), size, oihw(call), bias))
     return sites
+
+
+def constants(function: relax.Function) -> list[np.ndarray]:
+    """The values of all constants of a function, in order."""
+    found: list[np.ndarray] = []
+
+    def collect(expr: relax.Expr) -> None:
+        if isinstance(expr, GenericConst):
+            found.append(expr.value.numpy())
+
+    relax.analysis.post_order_visit(function, collect)
+    return found

@@ -33,6 +33,7 @@ __all__ = [
     "chain_macs",
     "cut",
     "decompose",
+    "grouped",
 ]
 
 

@@ -1,0 +1,223 @@
+"""Compiling and timing kernels in worker processes that stay alive."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import selectors
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import tvm
+from tvm.ir import IRModule
+
+from tvm_lowrank.schedule import Tiling
+from tvm_lowrank.search.worker import receive, send
+
+BUILD_TIMEOUT = 30.0  # seconds; a kernel takes 0.1
+RUN_TIMEOUT = 20.0  # beyond what the measurement was asked to take
+START_TIMEOUT = 120.0
+
+
+class TrialError(Exception):
+    """A candidate that could not be scheduled, compiled or run."""
+
+
+class WorkerDied(TrialError):
+    """The candidate crashed its process or ran out of time."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A kernel (`Kernel.func`) and how to schedule it."""
+
+    func: IRModule
+    tiling: Tiling | None
+
+
+class Bench(Protocol):
+    """What the oracle needs of a device."""
+
+    def build(self, jobs: Sequence[Job]) -> list[TrialError | None]:
+        """Compile all jobs, forgetting earlier ones; None for each that can be timed."""
+
+    def time(self, index: int, seconds: float) -> list[float]:
+        """Seconds of a run of job ``index``: samples that take about ``seconds`` together; TrialError if it fails."""
+
+    def close(self) -> None:
+        """Stop all processes."""
+
+
+class Worker:
+    """One child process (see `tvm_lowrank.search.worker`), started when first needed and again after a crash."""
+
+    def __init__(self, *, threads: int) -> None:
+        self.threads = threads
+        self.process: subprocess.Popen[bytes] | None = None
+        self.starts = 0
+        self.log: Any = None
+
+    def request(self, operation: str, *arguments: object, timeout: float) -> Any:
+        """Call a method of `Session`; TrialError if it raises, WorkerDied if the process does not survive it."""
+        if self.process is None:
+            self._start()
+            timeout += START_TIMEOUT
+        assert self.process is not None and self.process.stdin and self.process.stdout
+        try:
+            send(self.process.stdin, (operation, arguments))
+            self._wait(timeout)
+            succeeded, result = receive(self.process.stdout)
+        except (EOFError, OSError) as error:
+            raise WorkerDied(self._reap()) from error
+        except TimeoutError as error:
+            self.stop()
+            raise WorkerDied(f"no answer within {timeout:.0f} s") from error
+        if not succeeded:
+            raise TrialError(result)
+        return result
+
+    def stop(self) -> None:
+        """End the process, if there is one."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            for stream in (self.process.stdin, self.process.stdout, self.log):
+                with contextlib.suppress(OSError):
+                    stream.close()
+            self.process = None
+
+    def _start(self) -> None:
+        self.starts += 1
+        self.log = tempfile.TemporaryFile()
+        environment = {**os.environ, "TVM_NUM_THREADS": str(self.threads)}
+        command = [sys.executable, "-W", "ignore", "-m", "tvm_lowrank.search.worker"]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, env=environment
+        )
+
+    def _wait(self, timeout: float) -> None:
+        assert self.process is not None and self.process.stdout
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.process.stdout, selectors.EVENT_READ)
+            if not selector.select(timeout):
+                raise TimeoutError
+
+    def _reap(self) -> str:
+        """What a dead process said last."""
+        assert self.process is not None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(5)
+        code = self.process.poll()
+        self.log.seek(0)
+        lines = self.log.read().decode(errors="replace").strip().splitlines()
+        self.stop()
+        return f"the worker ended with code {code}" + (f": {lines[-1]}" if lines else "")
+
+
+class LocalBench:
+    """Compiles on all cores and times on this machine, one candidate at a time."""
+
+    def __init__(self, *, target: tvm.target.Target, threads: int, workers: int | None = None) -> None:
+        self.target, self.threads = target, threads
+        self.workers = [Worker(threads=threads) for _ in range(workers or max(1, min(os.cpu_count() or 1, 8)))]
+        self.jobs: list[Job] = []
+        self.places: dict[int, tuple[Worker, int]] = {}  # job to its worker, and the start of that worker
+
+    def build(self, jobs: Sequence[Job]) -> list[TrialError | None]:
+        for worker in self.workers:
+            if worker.process is not None:
+                worker.request("forget", timeout=RUN_TIMEOUT)
+        self.jobs, self.places = list(jobs), {}
+        waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for index in range(len(jobs)):
+            waiting.put(index)
+        outcomes: list[TrialError | None] = [None] * len(jobs)
+
+        def run(worker: Worker) -> None:
+            while True:
+                try:
+                    index = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                try:
+                    self._build(index, worker)
+                except TrialError as error:
+                    outcomes[index] = error
+
+        runners = [threading.Thread(target=run, args=(w,), daemon=True) for w in self.workers[: len(jobs)]]
+        for runner in runners:
+            runner.start()
+        for runner in runners:
+            runner.join()
+        return outcomes
+
+    def time(self, index: int, seconds: float) -> list[float]:
+        worker, start = self.places[index]
+        if worker.process is None or worker.starts != start:
+            self._build(index, worker)  # another candidate took the process with it
+        samples: list[float] = worker.request("time", index, seconds, timeout=seconds + RUN_TIMEOUT)
+        return samples
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.stop()
+
+    def _build(self, index: int, worker: Worker) -> None:
+        job = self.jobs[index]
+        tiling = None if job.tiling is None else job.tiling.to_json()
+        target = tvm.ir.save_json(self.target)
+        worker.request("build", index, tvm.ir.save_json(job.func), tiling, target, self.threads, timeout=BUILD_TIMEOUT)
+        self.places[index] = (worker, worker.starts)
+
+
+def measure_interleaved(
+    models: dict[str, Any], x: Any, *, rounds: int = 20, threads: int = 1, seconds: float = 0.05
+) -> dict[str, list[float]]:
+    """End-to-end latencies of whole models, measured in turns so that a disturbance hits all of them alike.
+
+    Parameters
+    ----------
+    models
+        Name to compiled model: the path of an exported library, or an executable that `lower.build` returned.
+    x
+        The input, a float32 array (NCHW) of the batch that the models were built for.
+    rounds, seconds
+        Every model is measured once per round, for about ``seconds``.
+
+    Returns
+    -------
+    dict
+        Name to ms per run, one per round.
+
+    Raises
+    ------
+    TrialError
+        If a model cannot be loaded or run; the message names it.
+    """
+    worker = Worker(threads=threads)
+    times: dict[str, list[float]] = {name: [] for name in models}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for handle, (name, model) in enumerate(models.items()):
+                path = Path(model) if isinstance(model, str | Path) else Path(folder) / f"{handle}.so"
+                if not isinstance(model, str | Path):
+                    model.export_library(str(path))
+                try:
+                    # the loader looks for a path without a slash in system folders only
+                    worker.request("load", handle, str(path.resolve()), x, timeout=RUN_TIMEOUT + START_TIMEOUT)
+                except TrialError as error:
+                    raise TrialError(f"{name}: {error}") from error
+            for _ in range(rounds):
+                for handle, name in enumerate(models):
+                    samples = worker.request("time", handle, seconds, timeout=RUN_TIMEOUT + START_TIMEOUT)
+                    times[name].append(1e3 * sum(samples) / len(samples))
+        finally:
+            worker.stop()
+    return times

@@ -1,0 +1,165 @@
+"""From a plan to a bundle: build both libraries, look at the evaluation split, measure end to end, write it down."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tvm.ir import IRModule
+
+from tvm_lowrank import console
+from tvm_lowrank.bundle import CompiledModel, evaluate, export_library, read_manifest, write_manifest, write_text
+from tvm_lowrank.data import fingerprint
+from tvm_lowrank.lower import build, lower
+from tvm_lowrank.metric import accuracy, paired_drop
+from tvm_lowrank.plan import Choice, Plan
+from tvm_lowrank.search.candidates import site_macs, skipped
+from tvm_lowrank.search.loop import Evaluated, Search
+from tvm_lowrank.search.measure import measure_interleaved
+from tvm_lowrank.search.oracle import LatencyOracle
+from tvm_lowrank.transform import replace_sites
+
+BACK_OFF = 0.85  # after a plan failed on the evaluation split, the next one must have this share of its damage
+ROUNDS = 30
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What the bundle is made for, besides what the search knows."""
+
+    out: Path
+    model: str
+    input_shape: tuple[int, int, int, int]
+    target: Mapping[str, Any]
+    data: Mapping[str, Any]  # source, mean, std
+    threads: int
+
+
+def deliver(search: Search, kept: Sequence[Evaluated], oracle: LatencyOracle, delivery: Delivery) -> dict[str, Any]:
+    """Write the bundle of the fastest plan that keeps the budget on the evaluation split; returns its manifest.
+
+    The compiled library is what is evaluated. When a plan fails, the next milder one is looked at; the manifest says
+    how many looks there were. The dense plan always passes.
+    """
+    out, budget = delivery.out, search.settings.budget
+    search.times.measure_others()
+    dense = _library(search.mod, oracle, delivery, "dense.so")
+    images, labels = search.splits.evaluation
+    dense_scores = evaluate(dense, images, labels, search.metric, description="accuracy, dense library")
+
+    chosen, scores, looks, mildest = Plan(), dense_scores, 0, np.inf
+    for candidate in kept:
+        if candidate.damage > mildest or not candidate.plan:
+            continue
+        console.phase(f"building the plan with {candidate.drop:+.2f} points of drop on the selection split")
+        changed = replace_sites(search.mod, search.chains(candidate.plan))
+        library = _library(changed, oracle, delivery, "model.so")
+        scores = evaluate(library, images, labels, search.metric, description="accuracy, compressed library")
+        looks += 1
+        drop, _ = paired_drop(dense_scores, scores)
+        search.journal.record("look", str(looks), {"plan": candidate.plan.to_json(), "drop": drop})
+        if drop <= budget:
+            chosen = candidate.plan
+            break
+        console.warn(f"{drop:+.2f} points of drop on the evaluation split; trying a milder plan")
+        mildest = candidate.damage * BACK_OFF
+
+    if not chosen:
+        shutil.copyfile(out / "dense.so", out / "model.so")
+    latency, speedup = end_to_end(out, threads=delivery.threads, shape=delivery.input_shape)
+    if chosen and speedup <= 1:
+        console.warn(f"the compressed library is not faster ({speedup:.2f}x); the bundle is the tuned dense model")
+        shutil.copyfile(out / "dense.so", out / "model.so")
+        chosen, speedup, latency["compressed"] = Plan(), 1.0, latency["dense"]
+    if not chosen:
+        scores = dense_scores
+    write_text(out / "plan.json", chosen.to_json())
+    drop, interval = paired_drop(dense_scores, scores)
+    return write_manifest(
+        out,
+        {
+            "model": delivery.model,
+            "target": dict(delivery.target),
+            "budget": budget,
+            "input_shape": list(delivery.input_shape),
+            "data": {**delivery.data, "evaluation_sha256": fingerprint(search.splits.evaluation)},
+            "accuracy": {
+                "metric": search.metric.name,
+                "n": len(labels),
+                "dense": accuracy(dense_scores),
+                "compressed": accuracy(scores),
+                "drop": drop,
+                "ci95": list(interval),
+                "looks": looks,
+            },
+            "latency_ms": latency,
+            "speedup": speedup,
+            "sites": [_site_entry(search, site.id, chosen.get(site.id, Choice())) for site in search.sites],
+        },
+    )
+
+
+def _library(mod: IRModule, oracle: LatencyOracle, delivery: Delivery, name: str) -> CompiledModel:
+    lowered = lower(mod, batch=delivery.input_shape[0], target=oracle.target)
+    export_library(build(lowered, oracle.database, oracle.target, threads=delivery.threads), delivery.out / name)
+    return CompiledModel(delivery.out / name, delivery.input_shape)
+
+
+def end_to_end(
+    directory: Path, *, rounds: int = ROUNDS, threads: int | None = None, shape: Sequence[int] | None = None
+) -> tuple[dict[str, Any], float]:
+    """Latency of a bundle's two libraries, interleaved in one run: (the manifest's ``latency_ms``, speed-up).
+
+    ``threads`` and ``shape`` (N, C, H, W) are the manifest's unless given.
+    """
+    if threads is None or shape is None:
+        manifest = read_manifest(directory)
+        threads = threads or int(manifest["latency_ms"]["threads"])
+        shape = shape or manifest["input_shape"]
+    console.phase("measuring both libraries end to end, interleaved")
+    x = np.random.default_rng(0).standard_normal(shape).astype("float32")
+    libraries = {"dense": directory / "dense.so", "compressed": directory / "model.so"}
+    runs = measure_interleaved(libraries, x, rounds=rounds, threads=threads)
+    latency: dict[str, Any] = {name: _summary(ms) for name, ms in runs.items()}
+    speedup = latency["dense"]["median"] / latency["compressed"]["median"]
+    return {**latency, "threads": threads, "batch": shape[0], "how": "measured"}, speedup
+
+
+def _summary(ms: Sequence[float]) -> dict[str, float]:
+    p10, median, p90 = np.percentile(ms, [10, 50, 90])
+    return {"median": float(median), "p10": float(p10), "p90": float(p90)}
+
+
+def _site_entry(search: Search, name: str, choice: Choice) -> dict[str, Any]:
+    site = next(site for site in search.sites if site.id == name)
+    return {
+        "id": name,
+        "method": choice.method,
+        "rank": choice.rank,
+        "ms": search.times.measured(name, choice),
+        "dense_ms": search.times.measured(name, Choice()),
+        "macs": site_macs(site, choice),
+        "dense_macs": site.macs,
+        "reason": _reason(search, name, choice),
+    }
+
+
+def _reason(search: Search, name: str, choice: Choice) -> str:
+    """Why a site became what it is, in one sentence."""
+    site = next(site for site in search.sites if site.id == name)
+    damages = search.damage[name]
+    if not damages:
+        return "left dense: first layer or depthwise" if skipped(site) else "left dense: no method costs fewer MACs"
+    dense = search.times.estimate(name, Choice())
+    if choice.rank is not None:
+        saved = dense - search.times.estimate(name, choice)
+        return f"saves {saved:.3f} ms for a predicted {damages[choice]:.4f} nats"
+    measured = [(ms, c) for c in damages if (ms := search.times.measured(name, c)) is not None]
+    ms, best = min(measured, key=lambda pair: pair[0])
+    if ms >= dense:
+        return f"left dense: no measured chain is faster ({best} takes {ms - dense:+.3f} ms)"
+    return f"left dense: {best} would save {dense - ms:.3f} ms and cost a predicted {damages[best]:.4f} nats"

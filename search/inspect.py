@@ -1,0 +1,56 @@
+"""`tvm_lowrank inspect`: the sites of a model and where its time goes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tvm_lowrank import console, example
+from tvm_lowrank.graph import find_sites
+from tvm_lowrank.importer import import_model
+from tvm_lowrank.plan import Choice
+from tvm_lowrank.search.oracle import LatencyOracle
+from tvm_lowrank.search.run import cache_folder
+from tvm_lowrank.search.times import SiteTimes
+from tvm_lowrank.targets.profile import load_profile
+
+
+def print_sites(
+    model: str | None,
+    *,
+    input_shape: tuple[int, ...] | None,
+    target: str,
+    threads: int,
+    trials: int,
+    cache: Path | None,
+) -> None:
+    """Tune the dense network's kernels (or take them from the cache) and print a table of its sites."""
+    profile = load_profile(target)
+    source = example.model() if model is None else model
+    mod = import_model(source, input_shape=example.INPUT_SHAPE if model is None else input_shape)
+    sites = find_sites(mod)
+    with LatencyOracle(profile, cache_dir=cache or cache_folder(), trials=trials, threads=threads) as oracle:
+        times = SiteTimes(mod, sites, oracle, batch=1)
+        others = times.measure_others()
+        dense = {site.id: times.estimate(site.id, Choice()) for site in sites}
+    total = sum(dense.values()) + others
+    macs = sum(site.macs for site in sites)
+    rows = [
+        (
+            site.id,
+            f"{site.spec.in_channels} -> {site.spec.out_channels}",
+            f"{site.spec.kernel[0]}x{site.spec.kernel[1]}" + (f" /{site.spec.groups}" if site.spec.groups > 1 else ""),
+            f"{site.size[0]}x{site.size[1]}",
+            f"{site.macs / 1e6:.2f} M",
+            f"{100 * site.macs / macs:.1f} %",
+            f"{dense[site.id]:.4f}",
+            f"{100 * dense[site.id] / total:.1f} %",
+            f"{2 * site.macs / dense[site.id] / 1e6:.0f}",
+        )
+        for site in sites
+    ]
+    rows.append(("(other)", "", "", "", "", "", f"{others:.4f}", f"{100 * others / total:.1f} %", ""))
+    console.table(
+        f"{model or 'bundled example'} on {profile.name}, {threads} thread(s), batch 1: {macs / 1e6:.1f} M MACs",
+        ("site", "channels", "kernel", "input", "MACs", "of all", "ms", "of all", "GFLOPS"),
+        rows,
+    )

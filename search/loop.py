@@ -1,0 +1,240 @@
+"""The search: tables of damage and time in, the fastest plan within the accuracy budget out.
+
+    probe damages -> time candidates -> [allocate for a damage limit -> time -> refit -> evaluate] for several limits
+
+The outer loop looks for the largest damage limit whose refitted network keeps the budget on the selection split. It is
+anytime: every network that kept the budget so far is an answer. Calibration and selection data only; the evaluation
+split is not touched here.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from torch import Tensor
+from tvm.ir import IRModule
+
+from tvm_lowrank import console
+from tvm_lowrank.bridge import TorchBridge
+from tvm_lowrank.calibrate import collect_moments, predict
+from tvm_lowrank.data import Splits
+from tvm_lowrank.decompose import METHODS, Chain, Factors, Moments, cut
+from tvm_lowrank.graph import find_sites
+from tvm_lowrank.metric import Metric
+from tvm_lowrank.plan import DENSE, Choice, Plan
+from tvm_lowrank.search.allocate import Option, allocate
+from tvm_lowrank.search.candidates import candidates
+from tvm_lowrank.search.damage import DamageCurve, divergence, probe_ranks
+from tvm_lowrank.search.journal import Journal
+from tvm_lowrank.search.refit import dense_outputs, refit
+from tvm_lowrank.search.times import SiteTimes
+from tvm_lowrank.transform import replace_sites
+
+PROBE_IMAGES = 500
+FIRST_LIMIT = 0.03  # nats: about the damage that costs a point, so that few steps are needed from here
+ANCHORS = (0.3, 3.0)  # candidates are timed where a site takes these shares of an equal part of the first limit
+STEP = 2.5  # factor between limits until one fails and one keeps the budget
+CLOSE = 1.1  # factor between those two at which the loop ends
+MOST_EVALUATIONS = 12
+MOST_ALLOCATIONS = 5  # for one limit; each times what it chose
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked of the search."""
+
+    budget: float  # points of the metric
+    methods: tuple[str, ...]
+    lanes: int  # ranks are multiples of this
+    deadline: float = math.inf  # time.monotonic() at which no new evaluation starts
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A plan whose refitted network was really evaluated on the selection split."""
+
+    plan: Plan
+    limit: float  # damage it was allocated for, nats
+    predicted: float  # damage, nats
+    damage: float  # measured after the refit, nats, on the selection images
+    drop: float  # points, on the selection split
+    ms: float  # sum over sites
+
+
+class Search:
+    """Everything that is known about one network under one target, computed when first needed."""
+
+    def __init__(
+        self,
+        mod: IRModule,
+        splits: Splits,
+        metric: Metric,
+        times: SiteTimes,
+        journal: Journal,
+        settings: Settings,
+    ) -> None:
+        self.mod = mod
+        self.splits = splits
+        self.metric = metric
+        self.times = times
+        self.journal = journal
+        self.settings = settings
+        self.sites = find_sites(mod)
+        self._bridge = TorchBridge(mod)
+
+    @cached_property
+    def candidates(self) -> dict[str, list[Choice]]:
+        """What each site may become, besides dense."""
+        options = {"methods": self.settings.methods, "lanes": self.settings.lanes}
+        return {site.id: candidates(site, **options) for site in self.sites}  # type: ignore[arg-type]
+
+    @cached_property
+    def moments(self) -> dict[str, Moments]:
+        """Input statistics of the sites that have candidates, in the dense network."""
+        wanted = [site for site in self.sites if self.candidates[site.id]]
+        images = self.splits.calibration
+        with console.progress("calibrating", len(images)) as advance:
+            return collect_moments(self._bridge, wanted, images, advance=advance)
+
+    @cached_property
+    def factors(self) -> dict[tuple[str, str], Factors]:
+        """The factorisation of each (site, method) that has candidates."""
+        sites = {site.id: site for site in self.sites}
+        pairs = sorted({(name, choice.method) for name, choices in self.candidates.items() for choice in choices})
+        return {
+            (name, method): METHODS[method].factorise(sites[name].weight, sites[name].spec, self.moments[name])
+            for name, method in console.track(pairs, "factorising")
+        }
+
+    @cached_property
+    def targets(self) -> dict[str, Tensor]:
+        """The dense network's outputs at every site with candidates, for the refit."""
+        wanted = [site for site in self.sites if self.candidates[site.id]]
+        return dense_outputs(self._bridge, wanted, self.splits.calibration)
+
+    @cached_property
+    def dense_selection(self) -> np.ndarray:
+        """The dense network's outputs on the selection images."""
+        return predict(self._bridge, self.splits.selection[0])
+
+    def single(self, name: str, choice: Choice) -> Chain:
+        """The chain of one candidate, with the dense network's moments."""
+        site = next(site for site in self.sites if site.id == name)
+        rank = int(choice.rank)  # type: ignore[arg-type]
+        return cut(choice.method, self.factors[name, choice.method], rank, site.weight, self.moments[name])
+
+    @cached_property
+    def damage(self) -> dict[str, dict[Choice, float]]:
+        """Predicted damage of every candidate, in nats."""
+        images = self.splits.calibration[:PROBE_IMAGES]
+        dense = predict(self._bridge, images)
+        probes: dict[tuple[str, str], dict[float, float]] = {}
+        wanted = [
+            (name, Choice(method, rank))
+            for (name, method), factors in self.factors.items()
+            for rank in probe_ranks(factors, [int(c.rank) for c in self.candidates[name] if c.method == method])  # type: ignore[arg-type]
+        ]
+        for name, choice in console.track(wanted, "probing damage"):
+
+            def evaluate(name: str = name, choice: Choice = choice) -> float:
+                changed = TorchBridge(replace_sites(self.mod, {name: self.single(name, choice)}))
+                return divergence(dense, predict(changed, images))
+
+            error = float(self.factors[name, choice.method].errors[choice.rank])
+            found = self.journal.once("probe", f"{name} {choice}", evaluate)
+            probes.setdefault((name, choice.method), {})[error] = found
+        curves = {pair: DamageCurve.through(found) for pair, found in probes.items()}
+        return {
+            name: {c: curves[name, c.method](float(self.factors[name, c.method].errors[c.rank])) for c in choices}
+            for name, choices in self.candidates.items()
+        }
+
+    def options(self) -> dict[str, list[Option]]:
+        """Time and damage of everything that each site may become."""
+        return {
+            name: [Option(Choice(), self.times.estimate(name, Choice()), 0.0)]
+            + [Option(choice, self.times.estimate(name, choice), damage) for choice, damage in damages.items()]
+            for name, damages in self.damage.items()
+        }
+
+    def time_anchors(self) -> None:
+        """Time every site dense, and each of its methods at the ranks that a plan is likely to use."""
+        share = FIRST_LIMIT / max(1, sum(bool(choices) for choices in self.candidates.values()))
+        wanted = [(site.id, Choice()) for site in self.sites]
+        for name, damages in self.damage.items():
+            for method in sorted({choice.method for choice in damages}):
+                own = [(choice, damage) for choice, damage in damages.items() if choice.method == method]
+                wanted += [
+                    (name, min(own, key=lambda pair: abs(math.log(pair[1] / (anchor * share))))[0])
+                    for anchor in ANCHORS
+                ]
+        self.times.measure(wanted)
+
+    def plan_for(self, limit: float) -> tuple[Plan, float, float]:
+        """The fastest plan within a damage limit, every part of it measured: (plan, predicted damage, ms)."""
+        for _ in range(MOST_ALLOCATIONS):
+            chosen = allocate(self.options(), limit)
+            unknown = [(n, o.choice) for n, o in chosen.items() if self.times.measured(n, o.choice) is None]
+            if not unknown:
+                break
+            self.times.measure(unknown)
+        plan = Plan({name: option.choice for name, option in chosen.items() if option.choice.method != DENSE})
+        ms = sum(self.times.estimate(name, option.choice) for name, option in chosen.items())
+        return plan, sum(option.damage for option in chosen.values()), ms
+
+    def chains(self, plan: Mapping[str, Choice]) -> dict[str, Chain]:
+        """The refitted chains of a plan."""
+        with console.progress("refitting", len(self.sites)) as advance:
+            return refit(self.mod, self.sites, plan, self.splits.calibration, self.targets, advance=advance)
+
+    def evaluate(self, plan: Plan, limit: float, predicted: float, ms: float) -> Evaluated:
+        """Refit a plan and evaluate it on the selection split, once."""
+
+        def compute() -> dict[str, float]:
+            images, labels = self.splits.selection
+            logits = predict(TorchBridge(replace_sites(self.mod, self.chains(plan))), images)
+            lost = self.metric.scores(self.dense_selection, labels) - self.metric.scores(logits, labels)
+            return {"drop": 100 * float(np.mean(lost)), "damage": divergence(self.dense_selection, logits)}
+
+        found = self.journal.once("evaluation", plan.to_json(), compute)
+        return Evaluated(plan, limit, predicted, found["damage"], found["drop"], ms)
+
+    def run(self) -> list[Evaluated]:
+        """Evaluated plans that kept the budget, fastest first; the all-dense plan is always among them."""
+        self.time_anchors()
+        kept: list[Evaluated] = [Evaluated(Plan(), 0.0, 0.0, 0.0, 0.0, self.plan_for(0.0)[2])]
+        limit, below, above = FIRST_LIMIT, 0.0, math.inf
+        for count in range(1, MOST_EVALUATIONS + 1):
+            if time.monotonic() > self.settings.deadline:
+                console.warn("the time limit ends the search early; the best plan so far is kept")
+                break
+            result = self.evaluate(*self._placed(limit))
+            inside = result.drop <= self.settings.budget
+            self.journal.record("frontier", str(count), {"limit": limit, "ms": result.ms, "drop": result.drop})
+            console.phase(
+                f"plan {count}: convolutions {self.dense_ms / result.ms:.2f}x faster, "
+                f"selection drop {result.drop:+.2f} points, {'kept' if inside else 'over budget'}"
+            )
+            if inside:
+                kept.append(result)
+                below = limit
+            else:
+                above = limit
+            if above / max(below, 1e-12) < CLOSE or (below == 0 and limit < 1e-6):
+                break
+            limit = limit * STEP if math.isinf(above) else limit / STEP if below == 0 else math.sqrt(below * above)
+        return sorted(kept, key=lambda e: e.ms)
+
+    def _placed(self, limit: float) -> tuple[Plan, float, float, float]:
+        plan, predicted, ms = self.plan_for(limit)
+        return plan, limit, predicted, ms
+
+    @property
+    def dense_ms(self) -> float:
+        """Sum of the dense sites' times."""
+        return sum(self.times.estimate(site.id, Choice()) for site in self.sites)

@@ -1,0 +1,112 @@
+"""The child process that compiles and times: ``python -m tvm_lowrank.search.worker``.
+
+It reads pickled requests from standard input and answers on standard output, so that a schedule that crashes or
+hangs takes only this process with it. `tvm_lowrank.search.bench` is the other end. TVM_NUM_THREADS is read once, when
+TVM first runs something in parallel, so it is set in the environment of this process and nowhere else.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import struct
+import sys
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+HEADER = struct.Struct("<Q")
+SAMPLE_SECONDS = 0.004  # a sample averages this much running time, far above the clock's resolution
+
+
+def send(stream: BinaryIO, message: object) -> None:
+    """Write one message: eight bytes of length, then a pickle."""
+    data = pickle.dumps(message)
+    stream.write(HEADER.pack(len(data)) + data)
+    stream.flush()
+
+
+def receive(stream: BinaryIO) -> Any:
+    """Read one message; EOFError when the other side is gone."""
+    header = stream.read(HEADER.size)
+    if len(header) < HEADER.size:
+        raise EOFError
+    return pickle.loads(stream.read(HEADER.unpack(header)[0]))
+
+
+class Session:
+    """What the process keeps between requests: compiled kernels and loaded models."""
+
+    def __init__(self) -> None:
+        self.timers: dict[int, Callable[[int, int], list[float]]] = {}
+
+    def build(self, handle: int, source: str, tiling: dict[str, Any] | None, target: str, threads: int) -> None:
+        """Schedule, compile and run a kernel once."""
+        import numpy as np
+        import tvm
+        from tvm.s_tir.transform import RemoveWeightLayoutRewriteBlock
+
+        from tvm_lowrank import schedule
+
+        goal = tvm.ir.load_json(target)
+        choice = None if tiling is None else schedule.Tiling.from_json(tiling)
+        func = tvm.ir.load_json(source)
+        func = schedule.apply(func, choice, lanes=schedule.target_lanes(goal), threads=threads)
+        func = RemoveWeightLayoutRewriteBlock(skip_tensor_rewrite=True)(func)
+        library = tvm.tirx.build(func, target=goal)
+        generator = np.random.default_rng(0)
+        arguments = [
+            tvm.runtime.tensor(generator.random([int(d) for d in p.shape], dtype=np.float32).astype(str(p.dtype)))
+            for p in func["main"].params
+        ]
+        library["main"](*arguments)
+
+        def timer(number: int, repeat: int) -> list[float]:
+            return list(library.time_evaluator("main", tvm.cpu(), number=number, repeat=repeat)(*arguments).results)
+
+        self.timers[handle] = timer
+
+    def load(self, handle: int, path: str, x: Any) -> None:
+        """Load a compiled model and run it once on x."""
+        import tvm
+        from tvm import relax
+
+        vm = relax.VirtualMachine(tvm.runtime.load_module(path), tvm.cpu())
+        argument = tvm.runtime.tensor(x)
+        vm["main"](argument)
+
+        def timer(number: int, repeat: int) -> list[float]:
+            return list(vm.time_evaluator("main", tvm.cpu(), number=number, repeat=repeat)(argument).results)
+
+        self.timers[handle] = timer
+
+    def time(self, handle: int, seconds: float) -> list[float]:
+        """Seconds of one run: several samples that take about ``seconds`` together."""
+        timer = self.timers[handle]
+        once = min(timer(1, 2))
+        number = max(1, round(SAMPLE_SECONDS / once))
+        return timer(number, max(1, min(50, round(seconds / (number * once)))))
+
+    def forget(self) -> None:
+        """Free everything built or loaded."""
+        self.timers.clear()
+
+
+def main() -> None:
+    # whatever a library prints must not end up between the messages
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    session = Session()
+    while True:
+        try:
+            operation, arguments = receive(sys.stdin.buffer)
+        except EOFError:
+            return
+        try:
+            result: tuple[bool, Any] = (True, getattr(session, operation)(*arguments))
+        except Exception as error:
+            result = (False, f"{type(error).__name__}: {error}")
+        send(answers, result)
+
+
+if __name__ == "__main__":
+    main()

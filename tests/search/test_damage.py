@@ -1,0 +1,39 @@
+"""Damage curves pass through their probes, rise with the error, and stay sane outside the probes."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tvm_lowrank.search.damage import DamageCurve, divergence
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.dictionaries(st.floats(1e-4, 1e3), st.floats(0, 5), min_size=1, max_size=5), st.lists(st.floats(1e-6, 1e5)))
+def test_monotone_and_bounded_by_the_probes(probes: dict[float, float], at: list[float]) -> None:
+    curve = DamageCurve.through(probes)
+    errors = sorted([*at, *probes])
+    damages = [curve(error) for error in errors]
+    assert all(b >= a * (1 - 1e-9) for a, b in itertools.pairwise(damages))
+    assert curve(0.0) == 0.0
+    assert curve(max(probes)) == pytest.approx(
+        max(*probes.values(), 1e-9) if len(probes) > 1 else max(*probes.values(), 1e-9, 0)
+    )
+
+
+def test_interpolates_powers_exactly() -> None:
+    curve = DamageCurve.through({e: 3 * e**1.3 for e in (0.01, 0.1, 1.0)})
+    for error in (0.001, 0.03, 0.5, 7.0):
+        assert curve(error) == pytest.approx(3 * error**1.3)
+
+
+def test_divergence_is_that_of_the_definition() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((2, 50, 10))
+    p, q = (np.exp(x) / np.exp(x).sum(axis=1, keepdims=True) for x in (a, b))
+    assert divergence(a, b) == pytest.approx(np.mean(np.sum(p * np.log(p / q), axis=1)))
+    assert divergence(a, a + 3) == pytest.approx(0, abs=1e-12)

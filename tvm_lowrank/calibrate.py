@@ -1,0 +1,99 @@
+"""Input statistics of every site, gathered by running calibration images through the torch bridge."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tvm_lowrank.bridge import TorchBridge
+from tvm_lowrank.decompose import ConvSpec, Moments, Pair
+from tvm_lowrank.graph import Site
+
+POSITIONS = 32  # output positions an image and site; 300 columns are already near convergence
+
+
+def sample_positions(site: str, first: int, count: int, size: Pair) -> tuple[Tensor, Tensor]:
+    """Uniform output positions, (rows, columns) of (count, k) each, for the images number first, first + 1, …
+
+    They depend on nothing but the arguments, so that two runs over the same batches look at the same positions.
+    """
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{site}/{first}".encode()))
+    height, width = size
+    draws = min(POSITIONS, height * width)
+    order = torch.rand(count, height * width, generator=generator).argsort(dim=1)[:, :draws]
+    return order // width, order % width
+
+
+def sample_columns(x: Tensor, spec: ConvSpec, rows: Tensor, cols: Tensor) -> Tensor:
+    """The columns that a convolution multiplies at some output positions.
+
+    ``x`` is (n, C, H, W); ``rows`` and ``cols`` are (n, k) output positions of each image. Returns (g, n*k, D) with D
+    in the order of an OIHW kernel's last three axes. Zero padding is part of a column.
+    """
+    top, left, bottom, right = spec.padding
+    padded = F.pad(x, (left, right, top, bottom))
+    height, width = spec.kernel
+    down = rows[:, :, None, None] * spec.strides[0] + torch.arange(height).view(1, 1, -1, 1) * spec.dilation[0]
+    across = cols[:, :, None, None] * spec.strides[1] + torch.arange(width).view(1, 1, 1, -1) * spec.dilation[1]
+    image = torch.arange(len(x)).view(-1, 1, 1, 1)
+    picked = padded.permute(0, 2, 3, 1)[image, down, across]  # n, k, kh, kw, C
+    n, k = rows.shape
+    grouped = picked.reshape(n * k, height, width, spec.groups, -1).permute(3, 0, 4, 1, 2)
+    return grouped.reshape(spec.groups, n * k, -1)
+
+
+@torch.no_grad()
+def collect_moments(
+    bridge: TorchBridge,
+    sites: Sequence[Site],
+    images: np.ndarray,
+    *,
+    batch: int = 100,
+    advance: Callable[[int], object] = lambda done: None,
+) -> dict[str, Moments]:
+    """Mean and covariance of the input columns of each site over calibration images.
+
+    Parameters
+    ----------
+    images : float32 NCHW.
+    advance : called with the number of images done after each batch.
+    """
+    wanted = {site.id: site for site in sites}
+    counts = dict.fromkeys(wanted, 0)
+    sums: dict[str, Tensor] = {}
+    products: dict[str, Tensor] = {}
+    start = 0
+
+    def tap(name: str, inputs: Tensor, outputs: Tensor) -> None:
+        if name not in wanted:
+            return
+        rows, cols = sample_positions(name, start, len(inputs), (outputs.shape[2], outputs.shape[3]))
+        columns = sample_columns(inputs, wanted[name].spec, rows, cols)
+        total, product = columns.double().sum(dim=1), (columns.transpose(1, 2) @ columns).double()
+        counts[name] += columns.shape[1]
+        sums[name] = sums[name] + total if name in sums else total
+        products[name] = products[name] + product if name in products else product
+
+    for start in range(0, len(images), batch):
+        chunk = torch.from_numpy(images[start : start + batch])
+        bridge(chunk, tap=tap)
+        advance(len(chunk))
+    moments = {}
+    for name, count in counts.items():
+        mean = (sums[name] / count).numpy()
+        covariance = (products[name] / count).numpy() - mean[:, :, None] * mean[:, None, :]
+        moments[name] = Moments(mean, covariance)
+    return moments
+
+
+@torch.no_grad()
+def predict(bridge: TorchBridge, images: np.ndarray, *, batch: int = 100) -> np.ndarray:
+    """The network's outputs for float32 NCHW images, in one array."""
+    return np.concatenate(
+        [bridge(torch.from_numpy(images[i : i + batch])).numpy() for i in range(0, len(images), batch)]
+    )

@@ -1,0 +1,175 @@
+"""The command line: a thin layer that parses options, prints tables and turns errors into exit codes."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tvm_lowrank import console
+from tvm_lowrank.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Make a trained CNN faster on your device by low-rank decomposition, within an accuracy budget.",
+)
+
+Model = Annotated[str | None, typer.Option(help="file.py:factory, pkg.module:factory, model.pt2 or model.onnx.")]
+InputShape = Annotated[str | None, typer.Option(help="The model's input, e.g. 1,3,224,224 (for a factory).")]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="file.py:factory (a mapping of calibration, selection, evaluation), file.npz, or a folder with "
+        "calibration/, selection/ and evaluation/."
+    ),
+]
+Mean = Annotated[str | None, typer.Option(help="Mean of each channel for uint8 images, e.g. 0.485,0.456,0.406.")]
+Std = Annotated[str | None, typer.Option(help="Standard deviation of each channel for uint8 images.")]
+Target = Annotated[str, typer.Option(help="A device profile, by name (x86) or as a .toml file.")]
+Threads = Annotated[int, typer.Option(help="Threads that the library runs with.")]
+Trials = Annotated[int, typer.Option(help="Schedules tried for each kernel.")]
+Cache = Annotated[Path | None, typer.Option(help="Folder of measurements [default: $TVM_LOWRANK_CACHE or ~/.cache].")]
+Bundle = Annotated[Path, typer.Argument(help="The folder that search wrote.")]
+
+
+@app.command()
+def search(
+    out: Annotated[Path, typer.Option(help="Folder for the bundle and the journal.")] = Path("bundle"),
+    budget: Annotated[str, typer.Option(help="Accuracy that may be lost, in points: 1% or 0.5%.")] = "1%",
+    target: Target = "x86",
+    model: Model = None,
+    input_shape: InputShape = None,
+    data: Data = None,
+    mean: Mean = None,
+    std: Std = None,
+    metric: Annotated[str, typer.Option(help="top1, top5 or file.py:function.")] = "top1",
+    methods: Annotated[str | None, typer.Option(help="Methods to choose from, e.g. spatial,channel.")] = None,
+    trials: Trials = 12,
+    threads: Threads = 1,
+    batch: Annotated[int, typer.Option(help="Images in one call of the library.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of everything drawn at random.")] = 0,
+    time_limit: Annotated[str | None, typer.Option(help="End with the best plan so far after 600s, 10m or 2h.")] = None,
+    cache: Cache = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a bundle in --out.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the search whose journal is in --out.")] = False,
+) -> None:
+    """Find the fastest low-rank form of a model within an accuracy budget, and write it as a compiled library.
+
+    Without --model and --data the bundled example runs: a CIFAR-10 network with real images.
+
+    A plan (a method and a rank for each convolution) is chosen by the time that tuned code takes on the target, is
+    fitted to the dense network on unlabelled calibration images, and must keep the budget on the selection images. The
+    compiled library is then checked on the evaluation images, which no decision looked at.
+
+    Interrupted? Run the same command again with --resume.
+    """
+    from tvm_lowrank.importer import parse_input_shape
+    from tvm_lowrank.metric import parse_budget
+    from tvm_lowrank.search import run
+    from tvm_lowrank.verify import print_manifest
+
+    request = run.Request(
+        out=out,
+        budget=parse_budget(budget),
+        model=model,
+        data=data,
+        input_shape=None if input_shape is None else parse_input_shape(input_shape),
+        mean=_numbers(mean, "--mean"),
+        std=_numbers(std, "--std"),
+        metric=metric,
+        target=target,
+        trials=trials,
+        threads=threads,
+        batch=batch,
+        seed=seed,
+        time_limit=None if time_limit is None else _seconds(time_limit),
+        cache=cache,
+        force=force,
+        resume=resume,
+        **({} if methods is None else {"methods": [name.strip() for name in methods.split(",")]}),  # type: ignore[arg-type]
+    )
+    manifest = run.search(request)
+    print_manifest(manifest)
+    print(f"bundle: {out}  (tvm_lowrank verify {out} repeats the accuracy, bench {out} the latency)")
+
+
+@app.command()
+def inspect(
+    model: Annotated[str | None, typer.Argument(help="As --model of search; none is the bundled example.")] = None,
+    input_shape: InputShape = None,
+    target: Target = "x86",
+    threads: Threads = 1,
+    trials: Trials = 12,
+    cache: Cache = None,
+) -> None:
+    """List a model's sites: id, shape, MACs, and share of the time of the tuned dense network."""
+    from tvm_lowrank.importer import parse_input_shape
+    from tvm_lowrank.search.inspect import print_sites
+
+    shape = None if input_shape is None else parse_input_shape(input_shape)
+    print_sites(model, input_shape=shape, target=target, threads=threads, trials=trials, cache=cache)
+
+
+@app.command()
+def bench(
+    directory: Bundle,
+    rounds: Annotated[int, typer.Option(help="Interleaved measurements of each library.")] = 30,
+    threads: Annotated[int | None, typer.Option(help="Threads [default: those of the manifest].")] = None,
+) -> None:
+    """Measure the latency of a bundle's two libraries again, interleaved in one run."""
+    from tvm_lowrank.search.deliver import end_to_end
+    from tvm_lowrank.verify import print_latency
+
+    if rounds < 1:
+        raise UserError(f"--rounds {rounds} is not possible; give at least 1")
+    latency, speedup = end_to_end(directory, rounds=rounds, threads=threads)
+    print_latency(latency, speedup)
+
+
+@app.command()
+def verify(directory: Bundle, data: Data = None, mean: Mean = None, std: Std = None) -> None:
+    """Measure the accuracy of a bundle's two libraries again; exits with 1 when it is not the manifest's."""
+    from tvm_lowrank.verify import print_verification
+    from tvm_lowrank.verify import verify as repeat
+
+    result = repeat(directory, data=data, mean=_numbers(mean, "--mean"), std=_numbers(std, "--std"))
+    print_verification(result)
+    raise typer.Exit(0 if result.ok else 1)
+
+
+def _numbers(text: str | None, option: str) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"{option} {text!r} is not a list of numbers; e.g. 0.485,0.456,0.406") from error
+
+
+def _seconds(text: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip())
+    if not match:
+        raise UserError(f"--time-limit {text!r} is not a time; e.g. 600, 10m or 2h")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def main() -> None:
+    """Entry point: exit code 2 with one line for what the user can fix, 130 when interrupted."""
+    try:
+        app()
+    except UserError as error:
+        console.error(str(error))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        console.error("interrupted; run the same command with --resume to go on")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
