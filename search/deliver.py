@@ -17,9 +17,9 @@ from tvm_lowrank.data import fingerprint
 from tvm_lowrank.lower import build, lower
 from tvm_lowrank.metric import accuracy, paired_drop
 from tvm_lowrank.plan import Choice, Plan
+from tvm_lowrank.search.bench import measure_interleaved
 from tvm_lowrank.search.candidates import site_macs, skipped
 from tvm_lowrank.search.loop import Evaluated, Search
-from tvm_lowrank.search.measure import measure_interleaved
 from tvm_lowrank.search.oracle import LatencyOracle
 from tvm_lowrank.transform import replace_sites
 
@@ -51,7 +51,7 @@ def deliver(search: Search, kept: Sequence[Evaluated], oracle: LatencyOracle, de
     images, labels = search.splits.evaluation
     dense_scores = evaluate(dense, images, labels, search.metric, description="accuracy, dense library")
 
-    chosen, scores, looks, mildest = Plan(), dense_scores, 0, np.inf
+    chosen, scores, mildest = Plan(), dense_scores, np.inf
     for candidate in kept:
         if candidate.damage > mildest or not candidate.plan:
             continue
@@ -59,9 +59,8 @@ def deliver(search: Search, kept: Sequence[Evaluated], oracle: LatencyOracle, de
         changed = replace_sites(search.mod, search.chains(candidate.plan))
         library = _library(changed, oracle, delivery, "model.so")
         scores = evaluate(library, images, labels, search.metric, description="accuracy, compressed library")
-        looks += 1
         drop, _ = paired_drop(dense_scores, scores)
-        search.journal.record("look", str(looks), {"plan": candidate.plan.to_json(), "drop": drop})
+        search.journal.once("look", candidate.plan.to_json(), lambda drop=drop: drop)
         if drop <= budget:
             chosen = candidate.plan
             break
@@ -94,7 +93,7 @@ def deliver(search: Search, kept: Sequence[Evaluated], oracle: LatencyOracle, de
                 "compressed": accuracy(scores),
                 "drop": drop,
                 "ci95": list(interval),
-                "looks": looks,
+                "looks": len(search.journal.of_kind("look")),
             },
             "latency_ms": latency,
             "speedup": speedup,
@@ -104,8 +103,9 @@ def deliver(search: Search, kept: Sequence[Evaluated], oracle: LatencyOracle, de
 
 
 def _library(mod: IRModule, oracle: LatencyOracle, delivery: Delivery, name: str) -> CompiledModel:
-    lowered = lower(mod, batch=delivery.input_shape[0], target=oracle.target)
-    export_library(build(lowered, oracle.database, oracle.target, threads=delivery.threads), delivery.out / name)
+    target = oracle.profile.tvm_target(oracle.threads)
+    lowered = lower(mod, batch=delivery.input_shape[0], target=target)
+    export_library(build(lowered, oracle.database, target, threads=oracle.threads), delivery.out / name)
     return CompiledModel(delivery.out / name, delivery.input_shape)
 
 
@@ -151,7 +151,9 @@ def _site_entry(search: Search, name: str, choice: Choice) -> dict[str, Any]:
 def _reason(search: Search, name: str, choice: Choice) -> str:
     """Why a site became what it is, in one sentence."""
     site = next(site for site in search.sites if site.id == name)
-    damages = search.damage[name]
+    damages = search.damage.get(name)
+    if damages is None:
+        return "left dense: the time limit came before it was examined"
     if not damages:
         return "left dense: first layer or depthwise" if skipped(site) else "left dense: no method costs fewer MACs"
     dense = search.times.estimate(name, Choice())

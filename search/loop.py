@@ -41,7 +41,12 @@ ANCHORS = (0.3, 3.0)  # candidates are timed where a site takes these shares of 
 STEP = 2.5  # factor between limits until one fails and one keeps the budget
 CLOSE = 1.1  # factor between those two at which the loop ends
 MOST_EVALUATIONS = 12
+LEAST_LIMIT, MOST_LIMIT = 1e-6, 10.0  # nats; beyond these nothing changes any more
 MOST_ALLOCATIONS = 5  # for one limit; each times what it chose
+
+
+class _TimeUp(Exception):
+    """The deadline has passed."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,8 @@ class Settings:
     budget: float  # points of the metric
     methods: tuple[str, ...]
     lanes: int  # ranks are multiples of this
-    deadline: float = math.inf  # time.monotonic() at which no new evaluation starts
+    seed: int = 0
+    deadline: float = math.inf  # time.monotonic() at which the search ends with what it has
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,7 @@ class Search:
         self.journal = journal
         self.settings = settings
         self.sites = find_sites(mod)
+        self.damage: dict[str, dict[Choice, float]] = {}  # of every candidate, in nats, once `probe` was called
         self._bridge = TorchBridge(mod)
 
     @cached_property
@@ -99,7 +106,7 @@ class Search:
         wanted = [site for site in self.sites if self.candidates[site.id]]
         images = self.splits.calibration
         with console.progress("calibrating", len(images)) as advance:
-            return collect_moments(self._bridge, wanted, images, advance=advance)
+            return collect_moments(self._bridge, wanted, images, seed=self.settings.seed, advance=advance)
 
     @cached_property
     def factors(self) -> dict[tuple[str, str], Factors]:
@@ -115,7 +122,7 @@ class Search:
     def targets(self) -> dict[str, Tensor]:
         """The dense network's outputs at every site with candidates, for the refit."""
         wanted = [site for site in self.sites if self.candidates[site.id]]
-        return dense_outputs(self._bridge, wanted, self.splits.calibration)
+        return dense_outputs(self._bridge, wanted, self.splits.calibration, seed=self.settings.seed)
 
     @cached_property
     def dense_selection(self) -> np.ndarray:
@@ -128,9 +135,8 @@ class Search:
         rank = int(choice.rank)  # type: ignore[arg-type]
         return cut(choice.method, self.factors[name, choice.method], rank, site.weight, self.moments[name])
 
-    @cached_property
-    def damage(self) -> dict[str, dict[Choice, float]]:
-        """Predicted damage of every candidate, in nats."""
+    def probe(self) -> None:
+        """Predict the damage of every candidate, in nats, from a few real evaluations."""
         images = self.splits.calibration[:PROBE_IMAGES]
         dense = predict(self._bridge, images)
         probes: dict[tuple[str, str], dict[float, float]] = {}
@@ -140,6 +146,7 @@ class Search:
             for rank in probe_ranks(factors, [int(c.rank) for c in self.candidates[name] if c.method == method])  # type: ignore[arg-type]
         ]
         for name, choice in console.track(wanted, "probing damage"):
+            self._check_time()
 
             def evaluate(name: str = name, choice: Choice = choice) -> float:
                 changed = TorchBridge(replace_sites(self.mod, {name: self.single(name, choice)}))
@@ -149,7 +156,7 @@ class Search:
             found = self.journal.once("probe", f"{name} {choice}", evaluate)
             probes.setdefault((name, choice.method), {})[error] = found
         curves = {pair: DamageCurve.through(found) for pair, found in probes.items()}
-        return {
+        self.damage = {
             name: {c: curves[name, c.method](float(self.factors[name, c.method].errors[c.rank])) for c in choices}
             for name, choices in self.candidates.items()
         }
@@ -173,7 +180,7 @@ class Search:
                     (name, min(own, key=lambda pair: abs(math.log(pair[1] / (anchor * share))))[0])
                     for anchor in ANCHORS
                 ]
-        self.times.measure(wanted)
+        self.times.measure(wanted, check=self._check_time)
 
     def plan_for(self, limit: float) -> tuple[Plan, float, float]:
         """The fastest plan within a damage limit, every part of it measured: (plan, predicted damage, ms)."""
@@ -182,7 +189,7 @@ class Search:
             unknown = [(n, o.choice) for n, o in chosen.items() if self.times.measured(n, o.choice) is None]
             if not unknown:
                 break
-            self.times.measure(unknown)
+            self.times.measure(unknown, check=self._check_time)
         plan = Plan({name: option.choice for name, option in chosen.items() if option.choice.method != DENSE})
         ms = sum(self.times.estimate(name, option.choice) for name, option in chosen.items())
         return plan, sum(option.damage for option in chosen.values()), ms
@@ -190,7 +197,8 @@ class Search:
     def chains(self, plan: Mapping[str, Choice]) -> dict[str, Chain]:
         """The refitted chains of a plan."""
         with console.progress("refitting", len(self.sites)) as advance:
-            return refit(self.mod, self.sites, plan, self.splits.calibration, self.targets, advance=advance)
+            images, seed = self.splits.calibration, self.settings.seed
+            return refit(self.mod, self.sites, plan, images, self.targets, seed=seed, advance=advance)
 
     def evaluate(self, plan: Plan, limit: float, predicted: float, ms: float) -> Evaluated:
         """Refit a plan and evaluate it on the selection split, once."""
@@ -205,17 +213,23 @@ class Search:
         return Evaluated(plan, limit, predicted, found["damage"], found["drop"], ms)
 
     def run(self) -> list[Evaluated]:
-        """Evaluated plans that kept the budget, fastest first; the all-dense plan is always among them."""
-        self.time_anchors()
-        kept: list[Evaluated] = [Evaluated(Plan(), 0.0, 0.0, 0.0, 0.0, self.plan_for(0.0)[2])]
+        """Evaluated plans that kept the budget, fastest first; the all-dense plan is always the last of them."""
+        kept: list[Evaluated] = []
+        try:
+            self.probe()
+            self.time_anchors()
+            self._explore(kept)
+        except _TimeUp:
+            console.warn("the time limit ends the search early; the best plan so far is kept")
+        return [*sorted(kept, key=lambda e: e.ms), Evaluated(Plan(), 0.0, 0.0, 0.0, 0.0, math.inf)]
+
+    def _explore(self, kept: list[Evaluated]) -> None:
+        """Look for the largest damage limit that keeps the budget; plans that keep it are appended to `kept`."""
         limit, below, above = FIRST_LIMIT, 0.0, math.inf
         for count in range(1, MOST_EVALUATIONS + 1):
-            if time.monotonic() > self.settings.deadline:
-                console.warn("the time limit ends the search early; the best plan so far is kept")
-                break
+            self._check_time()
             result = self.evaluate(*self._placed(limit))
             inside = result.drop <= self.settings.budget
-            self.journal.record("frontier", str(count), {"limit": limit, "ms": result.ms, "drop": result.drop})
             console.phase(
                 f"plan {count}: convolutions {self.dense_ms / result.ms:.2f}x faster, "
                 f"selection drop {result.drop:+.2f} points, {'kept' if inside else 'over budget'}"
@@ -225,10 +239,13 @@ class Search:
                 below = limit
             else:
                 above = limit
-            if above / max(below, 1e-12) < CLOSE or (below == 0 and limit < 1e-6):
-                break
+            if above / max(below, 1e-12) < CLOSE or limit < LEAST_LIMIT or limit > MOST_LIMIT:
+                return
             limit = limit * STEP if math.isinf(above) else limit / STEP if below == 0 else math.sqrt(below * above)
-        return sorted(kept, key=lambda e: e.ms)
+
+    def _check_time(self) -> None:
+        if time.monotonic() > self.settings.deadline:
+            raise _TimeUp
 
     def _placed(self, limit: float) -> tuple[Plan, float, float, float]:
         plan, predicted, ms = self.plan_for(limit)

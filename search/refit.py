@@ -32,7 +32,7 @@ class _Reached(Exception):
 
 @torch.no_grad()
 def dense_outputs(
-    bridge: TorchBridge, sites: Sequence[Site], images: np.ndarray, *, batch: int = 100
+    bridge: TorchBridge, sites: Sequence[Site], images: np.ndarray, *, batch: int = 100, seed: int = 0
 ) -> dict[str, Tensor]:
     """The outputs (g, samples, N/g) of each site at its sampled positions, before the bias."""
     wanted = {site.id: site for site in sites}
@@ -42,7 +42,7 @@ def dense_outputs(
     def tap(name: str, inputs: Tensor, outputs: Tensor) -> None:
         if name in wanted:
             n, _, height, width = outputs.shape
-            rows, cols = sample_positions(name, start, n, (height, width))
+            rows, cols = sample_positions(name, start, n, (height, width), seed)
             picked = outputs.permute(0, 2, 3, 1)[torch.arange(n).view(-1, 1), rows, cols].flatten(0, 1)
             parts[name].append(picked.reshape(len(picked), wanted[name].spec.groups, -1).transpose(0, 1))
 
@@ -52,14 +52,14 @@ def dense_outputs(
 
 
 @torch.no_grad()
-def site_columns(mod: IRModule, site: Site, images: np.ndarray, *, batch: int = 100) -> Tensor:
+def site_columns(mod: IRModule, site: Site, images: np.ndarray, *, batch: int = 100, seed: int = 0) -> Tensor:
     """The columns (g, samples, D) that a still dense site of a module multiplies at its sampled positions."""
     parts: list[Tensor] = []
     start = 0
 
     def tap(name: str, inputs: Tensor, outputs: Tensor) -> None:
         if name == site.id:
-            rows, cols = sample_positions(name, start, len(inputs), (outputs.shape[2], outputs.shape[3]))
+            rows, cols = sample_positions(name, start, len(inputs), (outputs.shape[2], outputs.shape[3]), seed)
             parts.append(sample_columns(inputs, site.spec, rows, cols))
             raise _Reached
 
@@ -79,6 +79,7 @@ def refit(
     images: np.ndarray,
     targets: Mapping[str, Tensor],
     *,
+    seed: int = 0,
     advance: Callable[[], object] = lambda: None,
 ) -> dict[str, Chain]:
     """Chains of a plan, fitted one after another in network order.
@@ -87,14 +88,14 @@ def refit(
     ----------
     mod : the dense canonical module.
     images : calibration images, float32 NCHW.
-    targets : what `dense_outputs` returned for the same images.
+    targets : what `dense_outputs` returned for the same images and seed.
     advance : called after each site.
     """
     chains: dict[str, Chain] = {}
     for site in sites:
         choice = plan.get(site.id, Choice())
         if choice.method != DENSE:
-            columns = site_columns(replace_sites(mod, chains), site, images)
+            columns = site_columns(replace_sites(mod, chains), site, images, seed=seed)
             chains[site.id] = _fit(site, choice, columns, targets[site.id])
         advance()
     return chains

@@ -93,9 +93,11 @@ def search(request: Request) -> dict[str, Any]:
     if journal.dropped:
         console.warn(f"the last line of {journal.path} was torn and is dropped; its measurement is repeated")
     deadline = math.inf if request.time_limit is None else start + request.time_limit * (1 - FINAL_SHARE)
-    settings = Settings(budget=request.budget, methods=tuple(request.methods), lanes=profile.lanes, deadline=deadline)
-    options = {"trials": request.trials, "threads": request.threads, "seed": request.seed}
-    with LatencyOracle(profile, cache_dir=request.cache or cache_folder(), **options) as oracle:
+    settings = Settings(
+        budget=request.budget, methods=tuple(request.methods), lanes=profile.lanes, deadline=deadline, seed=request.seed
+    )
+    cache = request.cache or cache_folder()
+    with LatencyOracle(profile, cache_dir=cache, trials=request.trials, threads=request.threads) as oracle:
         times = SiteTimes(mod, find_sites(mod), oracle, batch=request.batch)
         finder = Search(mod, splits, metric, times, journal, settings)
         kept = finder.run()
@@ -124,7 +126,7 @@ def load_inputs(request: Request) -> tuple[IRModule, Splits]:
             raise UserError("--model without --data; give file.py:factory, a .npz or a folder (see --help)")
         mod = import_model(request.model, input_shape=request.input_shape)
     function = mod["main"]
-    channels, height, width = (int(d) for d in function.params[0].ty.shape[1:])
+    channels, height, width = (int(d) for d in list(function.params[0].ty.shape)[1:])
     classes = int(function.ret_ty.shape[-1]) if len(function.ret_ty.shape) == 2 else None
     if request.data is None:
         console.phase("no --data: using the bundled CIFAR-10 images")

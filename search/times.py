@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from tvm.ir import IRModule
@@ -11,8 +11,9 @@ from tvm_lowrank import console
 from tvm_lowrank.graph import Site
 from tvm_lowrank.lower import Kernel, kernels, lower
 from tvm_lowrank.plan import Choice
+from tvm_lowrank.search.cache import Latency
 from tvm_lowrank.search.candidates import chain_specs, site_macs
-from tvm_lowrank.search.oracle import Latency, LatencyOracle
+from tvm_lowrank.search.oracle import LatencyOracle
 from tvm_lowrank.transform import replace_sites, shape_chains
 
 
@@ -28,11 +29,15 @@ class SiteTimes:
         self._sites = {site.id: site for site in sites}
         self._oracle = oracle
         self._batch = batch
+        self._target = oracle.profile.tvm_target(oracle.threads)
         self._kernels: dict[tuple[str, Choice], list[Kernel]] = {}
         self._others: list[Kernel] = []
 
-    def measure(self, wanted: Iterable[tuple[str, Choice]]) -> None:
-        """Tune and time these (site, choice) pairs, equal kernels once; what the cache knows costs nothing."""
+    def measure(self, wanted: Iterable[tuple[str, Choice]], *, check: Callable[[], None] = lambda: None) -> None:
+        """Tune and time these (site, choice) pairs, equal kernels once; what the cache knows costs nothing.
+
+        ``check`` is called between kernels, and may end the work by raising.
+        """
         wanted = list(dict.fromkeys(wanted))
         pending = [pair for pair in wanted if pair not in self._kernels]
         while pending:
@@ -41,7 +46,7 @@ class SiteTimes:
                 plan.setdefault(site, choice)
             self._lower(plan)
             pending = [pair for pair in pending if pair not in self._kernels]
-        self._tune([kernel for pair in wanted for kernel in self._kernels[pair]])
+        self._tune([kernel for pair in wanted for kernel in self._kernels[pair]], check)
 
     def measure_others(self) -> float:
         """Tune and time the kernels that belong to no site (pooling, classifier, …); returns their sum in ms."""
@@ -49,11 +54,14 @@ class SiteTimes:
         self._tune(self._others)
         return sum(self._known(kernel).ms for kernel in self._others)
 
-    def _tune(self, wanted: Iterable[Kernel]) -> None:
+    def _tune(self, wanted: Iterable[Kernel], check: Callable[[], None] = lambda: None) -> None:
         unknown = {kernel.key: kernel for kernel in wanted if self._oracle.known(kernel.key) is None}
         if unknown:
             with console.progress(f"tuning {len(unknown)} kernels", len(unknown)) as advance:
-                self._oracle.measure(unknown.values(), lambda done, total: advance(1))
+                for kernel in unknown.values():
+                    check()
+                    self._oracle.measure([kernel])
+                    advance(1)
 
     def _known(self, kernel: Kernel) -> Latency:
         known = self._oracle.known(kernel.key)
@@ -63,7 +71,7 @@ class SiteTimes:
     def _lower(self, plan: Mapping[str, Choice]) -> None:
         """Find the kernels of each site under a plan: those of its convolutions, in the order of execution."""
         rewritten = replace_sites(self._mod, shape_chains(self._mod, plan))
-        found = kernels(lower(rewritten, batch=self._batch, target=self._oracle.target))
+        found = kernels(lower(rewritten, batch=self._batch, target=self._target))
         convs = iter([kernel for kernel in found if kernel.is_conv])
         for site in self._sites.values():
             choice = plan.get(site.id, Choice())

@@ -17,12 +17,12 @@ from tvm_lowrank.graph import Site
 POSITIONS = 32  # output positions an image and site; 300 columns are already near convergence
 
 
-def sample_positions(site: str, first: int, count: int, size: Pair) -> tuple[Tensor, Tensor]:
+def sample_positions(site: str, first: int, count: int, size: Pair, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Uniform output positions, (rows, columns) of (count, k) each, for the images number first, first + 1, …
 
     They depend on nothing but the arguments, so that two runs over the same batches look at the same positions.
     """
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{site}/{first}".encode()))
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{site}/{first}/{seed}".encode()))
     height, width = size
     draws = min(POSITIONS, height * width)
     order = torch.rand(count, height * width, generator=generator).argsort(dim=1)[:, :draws]
@@ -54,6 +54,7 @@ def collect_moments(
     images: np.ndarray,
     *,
     batch: int = 100,
+    seed: int = 0,
     advance: Callable[[int], object] = lambda done: None,
 ) -> dict[str, Moments]:
     """Mean and covariance of the input columns of each site over calibration images.
@@ -72,7 +73,7 @@ def collect_moments(
     def tap(name: str, inputs: Tensor, outputs: Tensor) -> None:
         if name not in wanted:
             return
-        rows, cols = sample_positions(name, start, len(inputs), (outputs.shape[2], outputs.shape[3]))
+        rows, cols = sample_positions(name, start, len(inputs), (outputs.shape[2], outputs.shape[3]), seed)
         columns = sample_columns(inputs, wanted[name].spec, rows, cols)
         total, product = columns.double().sum(dim=1), (columns.transpose(1, 2) @ columns).double()
         counts[name] += columns.shape[1]

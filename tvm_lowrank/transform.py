@@ -16,7 +16,7 @@ from tvm_lowrank.plan import DENSE, Choice, Plan
 
 
 @mutator
-class _ReplaceSites(PyExprMutator):  # type: ignore[misc]
+class _ReplaceSites(PyExprMutator):
     """Emits a chain in place of each site named in `chains`, and its bias correction with the site's bias."""
 
     def __init__(self, mod: IRModule, function: relax.Function, chains: Mapping[str, Chain]) -> None:

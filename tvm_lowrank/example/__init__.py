@@ -58,7 +58,7 @@ def model() -> nn.Module:
 
 def normalise(images: np.ndarray) -> np.ndarray:
     """uint8 NHWC pixels to the float32 NCHW tensor that the network was trained on."""
-    scaled = (images.astype("float32") / 255 - np.float32(MEAN)) / np.float32(STD)
+    scaled = (images.astype("float32") / 255 - np.asarray(MEAN, "float32")) / np.asarray(STD, "float32")
     return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
 
 

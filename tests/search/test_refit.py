@@ -1,0 +1,74 @@
+"""The asymmetric refit: nothing is lost at full rank, and truncated networks come closer to the dense one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from tvm.ir import IRModule
+
+from tvm_lowrank.bridge import TorchBridge
+from tvm_lowrank.calibrate import collect_moments, predict
+from tvm_lowrank.decompose import METHODS, decompose
+from tvm_lowrank.graph import find_sites
+from tvm_lowrank.importer import import_model
+from tvm_lowrank.plan import Choice
+from tvm_lowrank.search.refit import dense_outputs, refit
+from tvm_lowrank.transform import replace_sites
+
+
+@pytest.fixture(scope="module")
+def network() -> tuple[IRModule, np.ndarray, np.ndarray]:
+    """(module, calibration images, other images): four convolutions, strides, groups, and smooth images."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(8, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3, padding=1, stride=2, groups=2),
+        nn.ReLU(),
+        nn.Conv2d(16, 24, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(24, 8, 3, bias=False),
+        nn.Flatten(),
+    )
+    images = nn.functional.interpolate(torch.randn(300, 8, 4, 4), size=12, mode="bilinear").numpy()
+    return import_model(net, input_shape=(1, 8, 12, 12)), images[:200], images[200:]
+
+
+def error(mod: IRModule, changed: IRModule, images: np.ndarray) -> float:
+    dense = predict(TorchBridge(mod), images)
+    return float(np.mean((predict(TorchBridge(changed), images) - dense) ** 2) / np.var(dense))
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_full_rank_is_exact(method: str, network: tuple[IRModule, np.ndarray, np.ndarray]) -> None:
+    mod, images, others = network
+    sites = find_sites(mod)
+    plan = {site.id: Choice(method, METHODS[method].max_rank(site.spec)) for site in sites}
+    targets = dense_outputs(TorchBridge(mod), sites, images)
+    assert error(mod, replace_sites(mod, refit(mod, sites, plan, images, targets)), others) < 1e-6
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_comes_closer_than_independent_chains(method: str, network: tuple[IRModule, np.ndarray, np.ndarray]) -> None:
+    mod, images, others = network
+    sites = find_sites(mod)
+    bridge = TorchBridge(mod)
+    plan = {site.id: Choice(method, 5) for site in sites}
+    moments = collect_moments(bridge, sites, images)
+    alone = {
+        site.id: decompose(site.weight, site.spec, method=method, rank=5, moments=moments[site.id]) for site in sites
+    }
+    plain = {site.id: decompose(site.weight, site.spec, method=method, rank=5) for site in sites}
+    refitted = refit(mod, sites, plan, images, dense_outputs(bridge, sites, images))
+    errors = [error(mod, replace_sites(mod, chains), others) for chains in (refitted, alone, plain)]
+    assert errors[0] < errors[1] < errors[2]
+
+
+def test_dense_sites_are_left_alone(network: tuple[IRModule, np.ndarray, np.ndarray]) -> None:
+    mod, images, _ = network
+    sites = find_sites(mod)
+    targets = dense_outputs(TorchBridge(mod), sites, images[:50])
+    chains = refit(mod, sites, {sites[2].id: Choice("channel", 8)}, images[:50], targets)
+    assert list(chains) == [sites[2].id]
