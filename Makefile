@@ -1,0 +1,34 @@
+# make demo: compress the bundled example network for this machine (20 minutes on two cores, installation included)
+# make test: all checks, as in continuous integration
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find tvm_lowrank search targets -type f ! -name '*.pyc')
+
+.PHONY: demo test
+
+demo: $(VENV)/.installed
+	$(BIN)/tvm_lowrank search --target x86 --budget 1% --out demo
+
+# mypy runs in $(VENV), where it finds the installed package: only there search/ and targets/ are part of it
+test: $(VENV)/.installed $(VENV)/.tools
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	cd $(VENV) && bin/mypy --config-file ../pyproject.toml
+	$(BIN)/pytest
+
+# the stamps keep the downloads from being repeated until the dependencies change
+$(VENV)/.dependencies: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -c constraints.txt .
+	touch $@
+
+$(VENV)/.tools: $(VENV)/.dependencies
+	$(BIN)/pip install -c constraints.txt '.[test]'
+	touch $@
+
+# setuptools would install files again that were deleted here but are still in build/
+$(VENV)/.installed: $(VENV)/.dependencies README.md LICENSE $(SOURCES)
+	rm -rf build
+	$(BIN)/pip install --no-deps --force-reinstall .
+	touch $@

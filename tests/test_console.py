@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from tvm_lowrank import console
+
+
+def test_bars_are_silent_when_not_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    console.phase("tuning [1] conv")
+    with console.progress("outer", 2) as advance:
+        assert list(console.track(range(3), "inner")) == [0, 1, 2]
+        advance(1, description="half")
+    console.warn("images " + "x" * 200)
+    console.error("stop")
+    assert capsys.readouterr().err.splitlines() == [
+        "tuning [1] conv",
+        "warning: images " + "x" * 200,
+        "error: stop",
+    ]
+
+
+def test_bars_may_be_nested_and_end_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(
+        console, "messages", Console(file=screen, force_terminal=True, force_interactive=True, width=80)
+    )
+    for _ in range(2):  # a bar that was left behind would break the second round
+        with pytest.raises(KeyboardInterrupt), console.progress("outer [x]", 2) as advance:
+            for _item in console.track(iter(range(3)), "inner", total=3):
+                advance(description="moved")
+            console.phase("line between")
+            raise KeyboardInterrupt
+    for text in ("outer [x]", "inner", "line between"):
+        assert text in screen.getvalue()
+
+
+def test_tables_keep_brackets_and_width(capsys: pytest.CaptureFixture[str]) -> None:
+    console.table("sites", ("id", "ms"), [("conv[bold]", 1.5), ("x" * 150, "–")])
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert any(line.strip().startswith("conv[bold]") and line.endswith("1.5") for line in lines)
+    assert any("x" * 150 in line for line in lines)

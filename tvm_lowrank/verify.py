@@ -1,0 +1,147 @@
+"""What a bundle claims: repeat its accuracy, and print its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tvm_lowrank.bundle import evaluate, load, read_manifest
+from tvm_lowrank.console import phase, table
+from tvm_lowrank.data import IN_MEMORY, Stats, fingerprint, load_data
+from tvm_lowrank.errors import UserError
+from tvm_lowrank.metric import accuracy, load_metric, paired_drop
+
+# a point is 0.01 of the images: this is far less than one image
+TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Accuracies in percent, the drop in points; ``stated`` is the manifest's ``accuracy``.
+
+    ``ok``: on the manifest's images the figures are the manifest's; on others the drop is within the budget.
+    ``verdict`` says which, in one line.
+    """
+
+    dense: float
+    compressed: float
+    drop: float
+    ci95: tuple[float, float]
+    n: int
+    stated: Mapping[str, Any]
+    ok: bool
+    verdict: str
+
+
+def verify(
+    directory: Path,
+    *,
+    data: str | Path | Mapping[str, Any] | None = None,
+    mean: Stats = None,
+    std: Stats = None,
+    threads: int | None = None,
+) -> Verification:
+    """Measure the accuracy of a bundle's two libraries again.
+
+    ``data`` None repeats it on the data that the manifest names, with its mean and standard deviation.
+
+    Raises
+    ------
+    UserError
+        If the bundle or the data cannot be read.
+    """
+    manifest = read_manifest(directory)
+    stated = manifest["accuracy"]
+    repeat = data is None
+    if data is None:
+        data, mean, std = (manifest["data"][key] for key in ("source", "mean", "std"))
+        if data == IN_MEMORY:
+            raise UserError(f"the data of {directory} was given in memory; name it with --data")
+    _, channels, height, width = manifest["input_shape"]
+    splits = load_data(data, input_shape=(channels, height, width), mean=mean, std=std)
+    metric = load_metric(stated["metric"])
+    images, labels = splits.evaluation
+    phase(f"accuracy of both libraries on {len(images)} images of {splits.name}")
+    dense = evaluate(load(directory, which="dense", threads=threads), images, labels, metric, description="dense")
+    compressed = evaluate(load(directory, threads=threads), images, labels, metric, description="compressed")
+    drop, ci95 = paired_drop(dense, compressed)
+    same_data = fingerprint(splits.evaluation) == manifest["data"]["evaluation_sha256"]
+    measured = {"dense": accuracy(dense), "compressed": accuracy(compressed), "drop": drop}
+    if same_data:
+        ok = all(abs(measured[key] - stated[key]) <= TOLERANCE for key in measured)
+        verdict = f"the accuracy is {'' if ok else 'NOT '}that of the manifest"
+    elif repeat:
+        ok, verdict = False, f"the images or labels of {splits.name} have CHANGED since the search"
+    else:
+        budget = manifest["budget"]
+        ok = drop <= budget
+        verdict = f"on these other images the drop is {'' if ok else 'NOT '}within the budget of {budget:g} points"
+    return Verification(**measured, ci95=ci95, n=len(images), stated=stated, ok=ok, verdict=verdict)
+
+
+def print_verification(result: Verification) -> None:
+    """The accuracies of the manifest and those measured now, and in one line what follows."""
+    stated = result.stated
+    table(
+        f"accuracy ({stated['metric']}, %)",
+        ("", "images", "dense", "compressed", "drop", "95% interval"),
+        [
+            (
+                "manifest",
+                *_accuracy(stated["n"], stated["dense"], stated["compressed"], stated["drop"], stated["ci95"]),
+            ),
+            ("now", *_accuracy(result.n, result.dense, result.compressed, result.drop, result.ci95)),
+        ],
+    )
+    print(result.verdict)
+
+
+def print_manifest(manifest: Mapping[str, Any]) -> None:
+    """A bundle's figures as tables: every site, the latency, the accuracy."""
+    table(
+        "sites",
+        ("site", "became", "rank", "MACs", "of dense", "ms", "dense ms", "why"),
+        [
+            (
+                site["id"],
+                site["method"],
+                "" if site["rank"] is None else site["rank"],
+                f"{site['macs'] / 1e6:.1f} M",
+                f"{site['macs'] / site['dense_macs']:.2f}",
+                _ms(site["ms"]),
+                _ms(site["dense_ms"]),
+                site["reason"],
+            )
+            for site in manifest["sites"]
+        ],
+    )
+    print_latency(manifest["latency_ms"], manifest["speedup"])
+    a = manifest["accuracy"]
+    table(
+        f"accuracy ({a['metric']}, %), evaluation split, looked at {a['looks']} time{'s' if a['looks'] != 1 else ''}",
+        ("images", "dense", "compressed", "drop", "95% interval"),
+        [_accuracy(a["n"], a["dense"], a["compressed"], a["drop"], a["ci95"])],
+    )
+
+
+def print_latency(latency_ms: Mapping[str, Any], speedup: float) -> None:
+    """A table of the manifest's ``latency_ms`` (milliseconds per call)."""
+    threads, batch = latency_ms["threads"], latency_ms["batch"]
+    table(
+        f"latency ({latency_ms['how']}, {threads} thread{'s' if threads != 1 else ''}, batch {batch})",
+        ("", "median ms", "10 %", "90 %", "speed-up"),
+        [
+            (name, *(_ms(latency_ms[name][key]) for key in ("median", "p10", "p90")), ratio)
+            for name, ratio in (("dense", ""), ("compressed", f"{speedup:.2f}"))
+        ],
+    )
+
+
+def _accuracy(n: int, dense: float, compressed: float, drop: float, ci95: tuple[float, float]) -> tuple[str, ...]:
+    return (str(n), f"{dense:.2f}", f"{compressed:.2f}", f"{drop:+.2f}", f"{ci95[0]:+.2f} to {ci95[1]:+.2f}")
+
+
+def _ms(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
