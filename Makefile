@@ -8,7 +8,7 @@ SOURCES := $(shell find tvm_lowrank search targets -type f ! -name '*.pyc')
 .PHONY: demo test
 
 demo: $(VENV)/.installed
-	$(BIN)/tvm_lowrank search --target x86 --budget 1% --out demo
+	$(BIN)/tvm_lowrank search --target x86 --budget 1% --out demo --resume
 
 # mypy runs in $(VENV), where it finds the installed package: only there search/ and targets/ are part of it
 test: $(VENV)/.installed $(VENV)/.tools

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def deliver(search: Search, kept: Sequence[Evaluated], oracle: LatencyOracle, de
         library = _library(changed, oracle, delivery, "model.so")
         scores = evaluate(library, images, labels, search.metric, description="accuracy, compressed library")
         drop, _ = paired_drop(dense_scores, scores)
-        search.journal.once("look", candidate.plan.to_json(), lambda drop=drop: drop)
+        search.journal.once("look", candidate.plan.to_json(), partial(float, drop))
         if drop <= budget:
             chosen = candidate.plan
             break

@@ -36,7 +36,7 @@ from tvm_lowrank.search.times import SiteTimes
 from tvm_lowrank.transform import replace_sites
 
 PROBE_IMAGES = 500
-FIRST_LIMIT = 0.03  # nats: about the damage that costs a point, so that few steps are needed from here
+FIRST_LIMIT = 0.01  # nats: near the damage that costs a point, so that few steps are needed from here
 ANCHORS = (0.3, 3.0)  # candidates are timed where a site takes these shares of an equal part of the first limit
 STEP = 2.5  # factor between limits until one fails and one keeps the budget
 CLOSE = 1.1  # factor between those two at which the loop ends

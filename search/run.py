@@ -179,5 +179,5 @@ def _header(request: Request, mod: IRModule, splits: Splits, target: str) -> dic
 def _digest(arrays: Sequence[np.ndarray], text: str = "") -> str:
     digest = hashlib.sha256(text.encode())
     for array in arrays:
-        digest.update(np.ascontiguousarray(array))
+        digest.update(array.tobytes())
     return digest.hexdigest()[:16]

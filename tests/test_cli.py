@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tvm_lowrank import example
+from tvm_lowrank import cli, example
+from tvm_lowrank.search.oracle import LatencyOracle
+from tvm_lowrank.targets.profile import load_profile
 
 MODEL = """
 import torch
@@ -39,9 +42,36 @@ def none():
 """
 
 
-def run(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tvm_lowrank.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
+@dataclass(frozen=True)
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the command line in this process (a new one would import everything again)."""
+
+    def call(*arguments: str | Path, cwd: Path) -> Done:
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", ["tvm_lowrank", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return Done(int(ended.value.code or 0), captured.out, captured.err)
+
+    return call
+
+
+def test_a_process_ends_with_exit_code_2() -> None:
+    command = [sys.executable, "-m", "tvm_lowrank.cli", "search", "--budget", "banana"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +114,9 @@ CASES: dict[str, tuple[Sequence[str], str]] = {
     "model missing": (["--model", "absent.py:f", "--data", "good.npz", "--input-shape", "1,3,8,8"], "absent.py"),
     "factory missing": (["--model", "net.py:absent", "--data", "good.npz", "--input-shape", "1,3,8,8"], "absent"),
     "factory of nothing": (["--model", "net.py:none", "--data", "good.npz", "--input-shape", "1,3,8,8"], "none"),
-    "no input shape": (["--model", "net.py:good", "--data", "good.npz"], "--input-shape"),
-    "input shape": (["--model", "net.py:good", "--data", "good.npz", "--input-shape", "3,8"], "3,8"),
-    "wrong input shape": (["--model", "net.py:good", "--data", "good.npz", "--input-shape", "1,4,8,8"], "1,4,8,8"),
+    "no input shape": (["--model", "net.py:good", "--data", "good.npz"], "input shape"),
+    "input shape": (["--model", "net.py:good", "--data", "good.npz", "--input-shape", "3,8"], "3, 8"),
+    "wrong input shape": (["--model", "net.py:good", "--data", "good.npz", "--input-shape", "1,4,8,8"], "4x8x8"),
     "NaN": (["--model", "net.py:poisoned", "--data", "good.npz", "--input-shape", "1,3,8,8"], "0"),
     "operator": (["--model", "net.py:odd", "--data", "good.npz", "--input-shape", "1,3,8,8"], "fft"),
     "broken onnx": (["--model", "broken.onnx", "--data", "good.npz"], "broken.onnx"),
@@ -99,7 +129,7 @@ CASES: dict[str, tuple[Sequence[str], str]] = {
 
 
 @pytest.mark.parametrize("case", sorted(CASES))
-def test_bad_input_is_one_line_and_exit_code_2(case: str, folder: Path) -> None:
+def test_bad_input_is_one_line_and_exit_code_2(case: str, folder: Path, run: Run) -> None:
     arguments, named = CASES[case]
     before = sorted(folder.rglob("*"))
     done = run(
@@ -114,22 +144,18 @@ def test_bad_input_is_one_line_and_exit_code_2(case: str, folder: Path) -> None:
     assert created <= {"out", "__pycache__", "net.cpython-311.pyc"} | {p.name for p in folder.glob("__pycache__/*")}
 
 
-def test_corrupt_cache_is_named_before_long_work(folder: Path) -> None:
-    """A line that is not JSON, in the middle of the cache of a search that did finish something."""
-    from tvm_lowrank.search.oracle import LatencyOracle
-    from tvm_lowrank.targets.profile import load_profile
-
-    cache = folder / "bad-cache"
-    with LatencyOracle(load_profile("x86"), cache_dir=cache, trials=12, threads=1) as oracle:
-        file = oracle.cache_file
-    file.parent.mkdir(parents=True, exist_ok=True)
+def test_corrupt_cache_is_named_before_long_work(folder: Path, run: Run) -> None:
+    """A line that is not JSON, in the middle of the file where this search would look."""
+    profile = load_profile("x86")
+    with LatencyOracle(profile, cache_dir=folder / "bad-cache"):
+        (file,) = (folder / "bad-cache").rglob("*.jsonl")
     file.write_text('{"key": \n{"also": "wrong"}\n')
-    done = run("search", "--cache", cache, *GOOD, "--out", "out2", cwd=folder)
-    assert done.returncode == 2 and str(file) in done.stderr and "Traceback" not in done.stderr, done.stderr
-    assert file.read_text().startswith('{"key": \n')
+    done = run("search", "--cache", "bad-cache", *GOOD, "--out", "out2", cwd=folder)
+    assert done.returncode == 2 and file.name in done.stderr and "delete" in done.stderr, done.stderr
+    assert file.read_text() == '{"key": \n{"also": "wrong"}\n'
 
 
-def test_damaged_journal_is_named_and_kept(folder: Path) -> None:
+def test_damaged_journal_is_named_and_kept(folder: Path, run: Run) -> None:
     out = folder / "journalled"
     out.mkdir(exist_ok=True)
     text = '{"kind": "run"\n' + json.dumps({"kind": "probe", "key": "conv1", "value": 1.0}) + "\n"
@@ -140,13 +166,13 @@ def test_damaged_journal_is_named_and_kept(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["verify", "bench"])
-def test_no_bundle(command: str, folder: Path) -> None:
+def test_no_bundle(command: str, folder: Path, run: Run) -> None:
     for directory in ("absent", "full"):
         done = run(command, directory, cwd=folder)
         assert done.returncode == 2 and directory in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
-def test_help_names_every_command_and_teaches(folder: Path) -> None:
+def test_help_names_every_command_and_teaches(folder: Path, run: Run) -> None:
     text = run("--help", cwd=folder).stdout
     assert all(command in text for command in ("search", "inspect", "bench", "verify"))
     assert "--resume" in run("search", "--help", cwd=folder).stdout

@@ -92,7 +92,7 @@ def search(
         cache=cache,
         force=force,
         resume=resume,
-        **({} if methods is None else {"methods": [name.strip() for name in methods.split(",")]}),  # type: ignore[arg-type]
+        **({} if methods is None else {"methods": [name.strip() for name in methods.split(",")]}),
     )
     manifest = run.search(request)
     print_manifest(manifest)
