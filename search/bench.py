@@ -13,7 +13,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import tvm
 from tvm.ir import IRModule
@@ -21,7 +21,7 @@ from tvm.ir import IRModule
 from tvm_lowrank.schedule import Tiling
 from tvm_lowrank.search.worker import receive, send
 
-BUILD_TIMEOUT = 30.0  # seconds; a kernel takes 0.1
+BUILD_TIMEOUT = 60.0  # seconds; a kernel takes 0.1, more on a busy machine
 RUN_TIMEOUT = 20.0  # beyond what the measurement was asked to take
 START_TIMEOUT = 120.0
 
@@ -45,14 +45,17 @@ class Job:
 class Bench(Protocol):
     """What the oracle needs of a device."""
 
-    def build(self, jobs: Sequence[Job]) -> list[TrialError | None]:
-        """Compile all jobs, forgetting earlier ones; None for each that can be timed."""
+    def build(self, jobs: Sequence[Job]) -> list[int | TrialError]:
+        """Compile jobs; for each a handle that can be timed, or why there is none."""
 
-    def time(self, index: int, seconds: float) -> list[float]:
-        """Seconds of a run of job ``index``: samples that take about ``seconds`` together; TrialError if it fails."""
+    def time(self, handle: int, seconds: float) -> list[float]:
+        """Seconds of one run: samples that take about ``seconds`` together; TrialError if it fails."""
+
+    def forget(self) -> None:
+        """Free everything that was built; the handles become invalid."""
 
     def close(self) -> None:
-        """Stop all processes."""
+        """Stop all processes; the next call starts new ones."""
 
 
 class Worker:
@@ -62,7 +65,7 @@ class Worker:
         self.threads = threads
         self.process: subprocess.Popen[bytes] | None = None
         self.starts = 0
-        self.log: Any = None
+        self.log: IO[bytes] | None = None
 
     def request(self, operation: str, *arguments: object, timeout: float) -> Any:
         """Call a method of `Session`; TrialError if it raises, WorkerDied if the process does not survive it."""
@@ -74,11 +77,11 @@ class Worker:
             send(self.process.stdin, (operation, arguments))
             self._wait(timeout)
             succeeded, result = receive(self.process.stdout)
-        except (EOFError, OSError) as error:
-            raise WorkerDied(self._reap()) from error
         except TimeoutError as error:
             self.stop()
             raise WorkerDied(f"no answer within {timeout:.0f} s") from error
+        except (EOFError, OSError) as error:
+            raise WorkerDied(self._reap()) from error
         if not succeeded:
             raise TrialError(result)
         return result
@@ -90,12 +93,13 @@ class Worker:
             self.process.wait()
             for stream in (self.process.stdin, self.process.stdout, self.log):
                 with contextlib.suppress(OSError):
-                    stream.close()
+                    if stream is not None:
+                        stream.close()
             self.process = None
 
     def _start(self) -> None:
         self.starts += 1
-        self.log = tempfile.TemporaryFile()
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
         environment = {**os.environ, "TVM_NUM_THREADS": str(self.threads)}
         command = [sys.executable, "-W", "ignore", "-m", "tvm_lowrank.search.worker"]
         self.process = subprocess.Popen(
@@ -111,7 +115,7 @@ class Worker:
 
     def _reap(self) -> str:
         """What a dead process said last."""
-        assert self.process is not None
+        assert self.process is not None and self.log is not None
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(5)
         code = self.process.poll()
@@ -125,56 +129,61 @@ class LocalBench:
     """Compiles on all cores and times on this machine, one candidate at a time."""
 
     def __init__(self, *, target: tvm.target.Target, threads: int, workers: int | None = None) -> None:
-        self.target, self.threads = target, threads
+        self.target, self.threads = tvm.ir.save_json(target), threads
         self.workers = [Worker(threads=threads) for _ in range(workers or max(1, min(os.cpu_count() or 1, 8)))]
         self.jobs: list[Job] = []
-        self.places: dict[int, tuple[Worker, int]] = {}  # job to its worker, and the start of that worker
+        self.places: dict[int, tuple[Worker, int]] = {}  # handle to its worker, and which start of that worker
 
-    def build(self, jobs: Sequence[Job]) -> list[TrialError | None]:
-        for worker in self.workers:
-            if worker.process is not None:
-                worker.request("forget", timeout=RUN_TIMEOUT)
-        self.jobs, self.places = list(jobs), {}
+    def build(self, jobs: Sequence[Job]) -> list[int | TrialError]:
+        first = len(self.jobs)
+        self.jobs += jobs
         waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for index in range(len(jobs)):
-            waiting.put(index)
-        outcomes: list[TrialError | None] = [None] * len(jobs)
+        for handle in range(first, len(self.jobs)):
+            waiting.put(handle)
+        outcomes: dict[int, int | TrialError] = {}
 
         def run(worker: Worker) -> None:
             while True:
                 try:
-                    index = waiting.get_nowait()
+                    handle = waiting.get_nowait()
                 except queue.Empty:
                     return
                 try:
-                    self._build(index, worker)
+                    self._build(handle, worker)
+                    outcomes[handle] = handle
                 except TrialError as error:
-                    outcomes[index] = error
+                    outcomes[handle] = error
 
         runners = [threading.Thread(target=run, args=(w,), daemon=True) for w in self.workers[: len(jobs)]]
         for runner in runners:
             runner.start()
         for runner in runners:
             runner.join()
-        return outcomes
+        return [outcomes[handle] for handle in range(first, len(self.jobs))]
 
-    def time(self, index: int, seconds: float) -> list[float]:
-        worker, start = self.places[index]
+    def time(self, handle: int, seconds: float) -> list[float]:
+        worker, start = self.places[handle]
         if worker.process is None or worker.starts != start:
-            self._build(index, worker)  # another candidate took the process with it
-        samples: list[float] = worker.request("time", index, seconds, timeout=seconds + RUN_TIMEOUT)
+            self._build(handle, worker)  # another candidate took the process with it
+        samples: list[float] = worker.request("time", handle, seconds, self.threads == 1, timeout=seconds + RUN_TIMEOUT)
         return samples
+
+    def forget(self) -> None:
+        self.jobs, self.places = [], {}
+        for worker in self.workers:
+            if worker.process is not None:
+                with contextlib.suppress(WorkerDied):  # then it has forgotten already
+                    worker.request("forget", timeout=RUN_TIMEOUT)
 
     def close(self) -> None:
         for worker in self.workers:
             worker.stop()
 
-    def _build(self, index: int, worker: Worker) -> None:
-        job = self.jobs[index]
-        tiling = None if job.tiling is None else job.tiling.to_json()
-        target = tvm.ir.save_json(self.target)
-        worker.request("build", index, tvm.ir.save_json(job.func), tiling, target, self.threads, timeout=BUILD_TIMEOUT)
-        self.places[index] = (worker, worker.starts)
+    def _build(self, handle: int, worker: Worker) -> None:
+        job = self.jobs[handle]
+        source, tiling = tvm.ir.save_json(job.func), None if job.tiling is None else job.tiling.to_json()
+        worker.request("build", handle, source, tiling, self.target, self.threads, timeout=BUILD_TIMEOUT)
+        self.places[handle] = (worker, worker.starts)
 
 
 def measure_interleaved(
@@ -194,7 +203,7 @@ def measure_interleaved(
     Returns
     -------
     dict
-        Name to ms per run, one per round.
+        Name to ms per run by the wall clock, one per round.
 
     Raises
     ------
@@ -216,7 +225,7 @@ def measure_interleaved(
                     raise TrialError(f"{name}: {error}") from error
             for _ in range(rounds):
                 for handle, name in enumerate(models):
-                    samples = worker.request("time", handle, seconds, timeout=RUN_TIMEOUT + START_TIMEOUT)
+                    samples = worker.request("time", handle, seconds, False, timeout=seconds + RUN_TIMEOUT)
                     times[name].append(1e3 * sum(samples) / len(samples))
         finally:
             worker.stop()

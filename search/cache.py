@@ -24,7 +24,7 @@ FILE = "kernels.jsonl"
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds of one run: the median of the samples, and their 10th and 90th percentile."""
+    """Milliseconds of one run: the lower quartile of the samples, and their 10th and 90th percentile."""
 
     ms: float
     p10: float

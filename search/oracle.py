@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -21,6 +20,7 @@ from tvm_lowrank.targets.profile import Profile
 FINALISTS = 3
 ROUNDS = 3
 FIRST_LOOK = 0.03  # seconds of measuring before a candidate is judged
+OTHER_TRIALS = 4  # for kernels that are not convolutions, and a small part of any network
 logger = logging.getLogger(__name__)
 
 
@@ -107,20 +107,24 @@ class LatencyOracle:
     def _tune(self, kernel: Kernel) -> Entry:
         if self._bench is None:
             self._bench = LocalBench(target=self.profile.tvm_target(self.threads), threads=self.threads)
+        self._bench.forget()
         space = schedule.workload(kernel.func)
+        limit = self.trials if kernel.is_conv else min(self.trials, OTHER_TRIALS)
         lanes, registers = self.profile.lanes, self.profile.registers
         # two thirds of the trials for the register tile, the rest for the order of the loops around the best ones
-        first = first_candidates(space, lanes=lanes, registers=registers, limit=max(1, self.trials * 2 // 3))
+        first = first_candidates(space, lanes=lanes, registers=registers, limit=max(1, limit * 2 // 3))
         trials = Trials(kernel, self._bench)
         trials.run(first)
-        if space is not None and len(first) < self.trials:
-            seen = set(first)
+        if space is not None and len(first) < limit:
             more = [v for tiling in trials.best(2) if tiling is not None for v in variants(tiling, space)]
-            trials.run([v for v in dict.fromkeys(more) if v not in seen][: self.trials - len(first)])
+            trials.run([v for v in dict.fromkeys(more) if v not in first][: limit - len(first)])
+        if not trials.samples and None not in first:
+            trials.run([None])
         tiling, samples = trials.final()
-        p10, median, p90 = (float(v) for v in np.percentile(np.array(samples) * 1e3, (10, 50, 90)))
-        logger.info("%s: %.4f ms, %s", kernel.name, median, tiling)
-        return Entry(kernel.key, kernel.name, Latency(median, p10, p90), tiling, self.trials)
+        p10, p90 = (1e3 * float(v) for v in np.percentile(np.array(samples), (10, 90)))
+        latency = Latency(1e3 * undisturbed(samples), p10, p90)
+        logger.info("%s: %.4f ms, %s", kernel.name, latency.ms, tiling)
+        return Entry(kernel.key, kernel.name, latency, tiling, self.trials)
 
 
 class Trials:
@@ -128,39 +132,54 @@ class Trials:
 
     def __init__(self, kernel: Kernel, bench: Bench) -> None:
         self.kernel, self.bench = kernel, bench
-        self.seconds: dict[Tiling | None, float] = {}
-        self.failure: str | None = None
+        self.handles: dict[Tiling | None, int] = {}
+        self.samples: dict[Tiling | None, list[float]] = {}
+        self.failure = ""
 
-    def run(self, candidates: list[Tiling | None]) -> None:
+    def run(self, candidates: Sequence[Tiling | None]) -> None:
         """Compile the candidates and look at each once."""
-        built = self.bench.build([Job(self.kernel.func, tiling) for tiling in candidates])
-        for index, (tiling, error) in enumerate(zip(candidates, built, strict=True)):
-            if error is None:
-                try:
-                    self.seconds[tiling] = statistics.median(self.bench.time(index, FIRST_LOOK))
-                    continue
-                except TrialError as failed:
-                    error = failed
-            self.failure = self.failure or str(error)
-            logger.debug("%s: %s failed: %s", self.kernel.name, tiling, error)
+        jobs = [Job(self.kernel.func, tiling) for tiling in candidates]
+        for tiling, outcome in zip(candidates, self.bench.build(jobs), strict=True):
+            if isinstance(outcome, TrialError):
+                self._failed(tiling, outcome)
+            else:
+                self.handles[tiling] = outcome
+                self._time(tiling)
 
     def best(self, count: int) -> list[Tiling | None]:
         """The fastest so far, fastest first."""
-        return sorted(self.seconds, key=lambda tiling: self.seconds[tiling])[:count]
+        return sorted(self.samples, key=lambda tiling: undisturbed(self.samples[tiling]))[:count]
 
     def final(self) -> tuple[Tiling | None, list[float]]:
-        """The best schedule and its samples (seconds): the finalists are measured again, in turns."""
+        """The best schedule and its samples (seconds): the finalists are measured again, in turns.
+
+        Raises
+        ------
+        TuningError
+            If no candidate works.
+        """
         finalists = self.best(FINALISTS)
-        samples: dict[Tiling | None, list[float]] = {tiling: [] for tiling in finalists}
-        if finalists:
-            self.bench.build([Job(self.kernel.func, tiling) for tiling in finalists])
+        # the first look, by which they were selected, was a lucky one for some
+        self.samples = {}
         for _ in range(ROUNDS):
-            for index, tiling in enumerate(finalists):
-                try:
-                    samples[tiling] += self.bench.time(index, FIRST_LOOK)
-                except TrialError as error:
-                    self.failure = self.failure or str(error)
-        measured = {tiling: values for tiling, values in samples.items() if values}
-        if not measured:
-            raise TuningError(f"no schedule of kernel {self.kernel.name} works; the first one failed with {self.failure}")
-        return min(measured.items(), key=lambda item: statistics.median(item[1]))
+            for tiling in finalists:
+                self._time(tiling)
+        for tiling in self.best(1):
+            return tiling, self.samples[tiling]
+        raise TuningError(f"no schedule of kernel {self.kernel.name} works; the first one failed with {self.failure}")
+
+    def _time(self, tiling: Tiling | None) -> None:
+        try:
+            samples = self.bench.time(self.handles[tiling], FIRST_LOOK)
+            self.samples.setdefault(tiling, []).extend(samples)
+        except TrialError as error:
+            self._failed(tiling, error)
+
+    def _failed(self, tiling: Tiling | None, error: TrialError) -> None:
+        self.failure = self.failure or str(error)
+        logger.debug("%s: %s failed: %s", self.kernel.name, tiling, error)
+
+
+def undisturbed(samples: Sequence[float]) -> float:
+    """The lower quartile: whatever else runs on the machine only ever adds time."""
+    return float(np.percentile(np.array(samples), 25))

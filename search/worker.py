@@ -11,21 +11,22 @@ import os
 import pickle
 import struct
 import sys
+import time
 from collections.abc import Callable
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 HEADER = struct.Struct("<Q")
 SAMPLE_SECONDS = 0.004  # a sample averages this much running time, far above the clock's resolution
 
 
-def send(stream: BinaryIO, message: object) -> None:
+def send(stream: IO[bytes], message: object) -> None:
     """Write one message: eight bytes of length, then a pickle."""
     data = pickle.dumps(message)
     stream.write(HEADER.pack(len(data)) + data)
     stream.flush()
 
 
-def receive(stream: BinaryIO) -> Any:
+def receive(stream: IO[bytes]) -> Any:
     """Read one message; EOFError when the other side is gone."""
     header = stream.read(HEADER.size)
     if len(header) < HEADER.size:
@@ -33,11 +34,27 @@ def receive(stream: BinaryIO) -> Any:
     return pickle.loads(stream.read(HEADER.unpack(header)[0]))
 
 
+Timer = Callable[[int, bool], float]
+
+
+def _timer(evaluator: Callable[[int], Callable[..., Any]], arguments: list[Any]) -> Timer:
+    """Seconds per run of ``number`` runs, by the wall clock or by this thread's processor time."""
+
+    def measure(number: int, cpu: bool) -> float:
+        run = evaluator(number)
+        start = time.thread_time()
+        wall = float(run(*arguments).mean)
+        # TVM runs the function once more, before it starts its clock
+        return min(wall, (time.thread_time() - start) / (number + 1)) if cpu else wall
+
+    return measure
+
+
 class Session:
     """What the process keeps between requests: compiled kernels and loaded models."""
 
     def __init__(self) -> None:
-        self.timers: dict[int, Callable[[int, int], list[float]]] = {}
+        self.timers: dict[int, Timer] = {}
 
     def build(self, handle: int, source: str, tiling: dict[str, Any] | None, target: str, threads: int) -> None:
         """Schedule, compile and run a kernel once."""
@@ -59,11 +76,7 @@ class Session:
             for p in func["main"].params
         ]
         library["main"](*arguments)
-
-        def timer(number: int, repeat: int) -> list[float]:
-            return list(library.time_evaluator("main", tvm.cpu(), number=number, repeat=repeat)(*arguments).results)
-
-        self.timers[handle] = timer
+        self.timers[handle] = _timer(lambda n: library.time_evaluator("main", tvm.cpu(), number=n), arguments)
 
     def load(self, handle: int, path: str, x: Any) -> None:
         """Load a compiled model and run it once on x."""
@@ -74,17 +87,19 @@ class Session:
         argument = tvm.runtime.tensor(x)
         vm["main"](argument)
 
-        def timer(number: int, repeat: int) -> list[float]:
-            return list(vm.time_evaluator("main", tvm.cpu(), number=number, repeat=repeat)(argument).results)
+        self.timers[handle] = _timer(lambda n: vm.time_evaluator("main", tvm.cpu(), number=n), [argument])
 
-        self.timers[handle] = timer
+    def time(self, handle: int, seconds: float, cpu: bool) -> list[float]:
+        """Seconds of one run: several samples that take about ``seconds`` together.
 
-    def time(self, handle: int, seconds: float) -> list[float]:
-        """Seconds of one run: several samples that take about ``seconds`` together."""
+        With ``cpu``, the processor time of this thread: on a machine that is shared it is what the wall clock would
+        show on an idle core, if everything runs in this one thread.
+        """
         timer = self.timers[handle]
-        once = min(timer(1, 2))
+        once = min(timer(1, False), timer(1, False))
         number = max(1, round(SAMPLE_SECONDS / once))
-        return timer(number, max(1, min(50, round(seconds / (number * once)))))
+        repeat = max(1, min(50, round(seconds / (number * once))))
+        return [timer(number, cpu) for _ in range(repeat)]
 
     def forget(self) -> None:
         """Free everything built or loaded."""

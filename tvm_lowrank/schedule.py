@@ -1,0 +1,262 @@
+"""The schedule template: how a kernel is tiled so that its accumulators stay in the vector registers.
+
+One template serves convolutions, matrix products and poolings. It keeps a (…, width, channel) tile of the output in
+registers over the whole reduction and vectorises the channels; everything elementwise is inlined or computed on the
+tile while it is still hot. A `Tiling` is all there is to choose, so a tuning record is one line of JSON, and the same
+record applies to every kernel with the same key.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+import tvm
+from tvm.ir import IRModule
+from tvm.s_tir import Schedule, ScheduleError
+from tvm.s_tir.meta_schedule.postproc import RewriteLayout
+
+logger = logging.getLogger(__name__)
+
+REDUCTION = 2  # tvm.tirx.IterVar.CommReduce
+ROOT = "root"
+# waking a thread takes some microseconds: kernels with less to do stay on one
+PARALLEL_MACS = 2**19
+PARALLEL_ELEMENTS = 2**15
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """The free choices of the template.
+
+    ``tile`` is the register tile, one extent for each spatial axis of the reduction (for a convolution n, h, w, c);
+    every extent divides its axis. ``vector`` is the number of float32 lanes that the last tile axis is cut into.
+    ``channels_first`` runs over the channel tiles in the outer loop: weights stay in cache instead of activations.
+    ``stripe`` is the number of output rows for which the padded input is prepared at a time; 0 pads all at once.
+    """
+
+    tile: tuple[int, ...]
+    vector: int
+    channels_first: bool = True
+    stripe: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, entry: dict[str, Any]) -> Tiling:
+        """The inverse of `to_json`; TypeError or KeyError if the entry is not one."""
+        return cls(tuple(int(t) for t in entry["tile"]), int(entry["vector"]), entry["channels_first"], entry["stripe"])
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The iteration space of a kernel that the template can tile.
+
+    ``spatial`` and ``reduction`` are the extents of the axes; ``group`` is the number of output channels that read the
+    same input channels (a tile must not cross it); ``padded`` says whether a zero-padded copy of the input is made.
+    """
+
+    spatial: tuple[int, ...]
+    reduction: tuple[int, ...]
+    group: int
+    padded: bool
+
+    @property
+    def macs(self) -> int:
+        return prod(self.spatial) * prod(self.reduction)
+
+
+def _blocks(sch: Schedule) -> list[Any]:
+    return list(sch.get_child_blocks(sch.get_sblock(ROOT)))
+
+
+def _reductions(sch: Schedule, blocks: Sequence[Any]) -> list[int]:
+    """Positions of the blocks that reduce."""
+    return [i for i, b in enumerate(blocks) if any(int(v.iter_type) == REDUCTION for v in sch.get(b).iter_vars)]
+
+
+def block_names(func: IRModule) -> list[str]:
+    """Names of the blocks of a kernel, in order."""
+    sch = Schedule(func, debug_mask="none")
+    return [str(sch.get(block).name_hint) for block in _blocks(sch)]
+
+
+def workload(func: IRModule) -> Workload | None:
+    """The iteration space of a kernel's reduction, or None if it has none or several (elementwise, softmax)."""
+    sch = Schedule(func, debug_mask="none")
+    blocks = _blocks(sch)
+    reductions = _reductions(sch, blocks)
+    if len(reductions) != 1:
+        return None
+    block = sch.get(blocks[reductions[0]])
+    extents = [int(v.dom.extent) for v in block.iter_vars]
+    kinds = [int(v.iter_type) == REDUCTION for v in block.iter_vars]
+    spatial = tuple(e for e, reduces in zip(extents, kinds, strict=True) if not reduces)
+    if not spatial or kinds != sorted(kinds):
+        return None
+    reduction = tuple(extents[len(spatial) :])
+    group = spatial[-1]
+    if "conv2d_nhwc" in str(block.name_hint):
+        data, weight = (region.source for region in block.reads)
+        groups = int(data.shape[-1]) // int(weight.shape[2])  # NHWC, HWIO
+        # in a depthwise convolution every lane reads its own input channel, which is one vector load again
+        group = spatial[-1] if groups == spatial[-1] else spatial[-1] // groups
+    padded = any(_pads(sch, b) for b in blocks[: reductions[0]])
+    return Workload(spatial, reduction, group, padded)
+
+
+def _pads(sch: Schedule, block: Any) -> bool:
+    """Whether a block makes a larger copy of the input; without padding it is a mere copy, and inlined."""
+    stmt = sch.get(block)
+    if not str(stmt.name_hint).startswith("pad_temp"):
+        return False
+    before, after = stmt.reads[0].source.shape, stmt.writes[0].source.shape
+    return any(int(b) != int(a) for b, a in zip(before, after, strict=True))
+
+
+def default_tiling(space: Workload, lanes: int) -> Tiling:
+    """A reasonable tile for a kernel that was not tuned: two vectors of channels, up to four columns."""
+    vector = largest_divisor(space.group, lanes)
+    channels = vector * largest_divisor(space.group // vector, 2)
+    tile = [1] * len(space.spatial)
+    tile[-1] = channels
+    if len(tile) > 1:
+        tile[-2] = largest_divisor(space.spatial[-2], 4)
+    return Tiling(tuple(tile), vector)
+
+
+def largest_divisor(n: int, limit: int) -> int:
+    """The largest divisor of n that is at most limit."""
+    return max(d for d in range(1, min(n, limit) + 1) if n % d == 0)
+
+
+def apply(func: IRModule, tiling: Tiling | None, *, lanes: int, threads: int) -> IRModule:
+    """Schedule the only PrimFunc of a module.
+
+    ``tiling`` None means a kernel that has no reduction, or several: what is elementwise in it is vectorised with
+    ``lanes`` and spread over the threads.
+
+    Raises
+    ------
+    tvm.s_tir.ScheduleError, ValueError
+        If the tiling does not fit the kernel.
+    """
+    sch = Schedule(func, debug_mask="none")
+    if tiling is None:
+        _elementwise(sch, lanes=lanes, threads=threads)
+    else:
+        _tiled(sch, tiling, lanes=lanes, threads=threads)
+    # packs the constant operands in the order in which the tile reads them
+    RewriteLayout().apply(sch)
+    return sch.mod
+
+
+def apply_default(func: IRModule, *, lanes: int, threads: int) -> IRModule:
+    """Schedule a kernel that was not tuned as well as can be guessed; one that no template fits stays as it is."""
+    space = workload(func)
+    choices = [None] if space is None else [default_tiling(space, lanes), None]
+    for tiling in choices:
+        try:
+            return apply(func, tiling, lanes=lanes, threads=threads)
+        except (ScheduleError, ValueError) as error:
+            logger.debug("%s does not fit: %s", tiling, error)
+    logger.warning("no schedule fits the kernel with blocks %s; it runs unoptimised", ", ".join(block_names(func)))
+    return func
+
+
+def _tiled(sch: Schedule, tiling: Tiling, *, lanes: int, threads: int) -> None:
+    blocks = _blocks(sch)
+    (position,) = _reductions(sch, blocks)
+    anchor, after = blocks[position], blocks[position + 1 :]
+    pad = None
+    for block in blocks[:position]:
+        if _pads(sch, block):
+            pad = block
+        else:
+            sch.compute_inline(block)
+    for block in after[:-1]:
+        sch.compute_inline(block)
+    epilogue = after[-1] if after else sch.cache_write(anchor, 0, "global")
+
+    loops = sch.get_loops(anchor)
+    work = prod(int(sch.get(loop).extent) for loop in loops)
+    spatial, reduction = loops[: len(tiling.tile)], loops[len(tiling.tile) :]
+    outer, inner = [], []
+    for loop, factor in zip(spatial, tiling.tile, strict=True):
+        if int(sch.get(loop).extent) % factor:
+            raise ValueError(f"tile {tiling.tile} does not divide the kernel")
+        tiles, within = sch.split(loop, [None, factor])
+        outer.append(tiles)
+        inner.append(within)
+    vectors, lane = sch.split(inner.pop(), [None, tiling.vector])
+    inner += [vectors, lane]
+
+    head, channel = outer[:-1], outer[-1]
+    stripes = None
+    if tiling.stripe and pad is not None:
+        stripes, rows = sch.split(head[1], [None, tiling.stripe // tiling.tile[1]])
+        leading, rest = [head[0], stripes], [rows, *head[2:]]
+    else:
+        leading, rest = [], head
+    order = [*leading, channel, *rest] if tiling.channels_first else [*leading, *rest, channel]
+    sch.reorder(*order, *reduction, *inner)
+    if pad is not None:
+        if stripes is not None:
+            sch.compute_at(pad, stripes, preserve_unit_loops=True)
+            _vectorise(sch, sch.get_loops(pad)[-1], lanes)
+        else:
+            _spread(sch, sch.get_loops(pad), lanes=lanes, threads=threads)
+    sch.reverse_compute_at(epilogue, order[-1], preserve_unit_loops=True)
+    _vectorise(sch, sch.get_loops(epilogue)[-1], tiling.vector)
+    sch.vectorize(lane)
+    if threads > 1 and work >= PARALLEL_MACS:
+        parallel = leading or order
+        sch.parallel(sch.fuse(*parallel) if len(parallel) > 1 else parallel[0])
+    sch.decompose_reduction(anchor, sch.get_loops(anchor)[-len(reduction) - len(inner)])
+
+
+def _elementwise(sch: Schedule, *, lanes: int, threads: int) -> None:
+    """Inline what is used once, then schedule the remaining blocks one by one; reductions stay as they are."""
+    blocks = _blocks(sch)
+    reductions = [blocks[i] for i in _reductions(sch, blocks)]
+    for block in blocks[:-1]:
+        consumers = sch.get_consumers(block)
+        if block not in reductions and len(consumers) == 1 and not _reductions(sch, consumers):
+            sch.compute_inline(block)
+    remaining = _blocks(sch)
+    reducing = _reductions(sch, remaining)
+    for i, block in enumerate(remaining):
+        loops = sch.get_loops(block)
+        if i in reducing or not loops:
+            continue
+        if int(sch.get(loops[-1]).extent) % lanes:
+            loops = [sch.fuse(*loops)]  # a short last axis would leave most lanes empty
+        _spread(sch, loops, lanes=lanes, threads=threads)
+
+
+def _spread(sch: Schedule, loops: Sequence[Any], *, lanes: int, threads: int) -> None:
+    """Vectorise the last loop and run the others in parallel, if there is enough to do for several threads."""
+    work = prod(int(sch.get(loop).extent) for loop in loops)
+    outer = [*loops[:-1], *_vectorise(sch, loops[-1], lanes)[:-1]]
+    if threads > 1 and outer and work >= PARALLEL_ELEMENTS:
+        sch.parallel(sch.fuse(*outer) if len(outer) > 1 else outer[0])
+
+
+def _vectorise(sch: Schedule, loop: Any, lanes: int) -> list[Any]:
+    """Vectorise as many lanes of a loop as divide it; the pieces, outermost first."""
+    vector = largest_divisor(int(sch.get(loop).extent), lanes)
+    if vector == 1:
+        return [loop]
+    tiles, lane = sch.split(loop, [None, vector])
+    sch.vectorize(lane)
+    return [tiles, lane]
+
+
+def target_lanes(target: tvm.target.Target) -> int:
+    """float32 lanes of a CPU target's vectors (TVM's own ``llvm_get_vector_width`` says 512 bits for every x86)."""
+    features = tvm.target.codegen.llvm_get_cpu_features(target)
+    return 16 if "avx512f" in features else 8 if "avx" in features else 4
