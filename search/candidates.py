@@ -13,19 +13,15 @@ DEAREST = 0.95
 
 
 def candidates(site: Site, *, methods: Iterable[str], lanes: int) -> list[Choice]:
-    """Every method at every rank on the lane grid (per group) that costs fewer MACs than the site does, in order.
-
-    The chain's middle channels fill whole vectors: other ranks cost the time of the next multiple.
-    """
+    """Every method at every rank worth considering that costs fewer MACs than the site does."""
     choices = []
     for name in methods:
         method = METHODS[name]
         if not method.applies(site.spec) or skipped(site):
             continue
-        for rank in range(lanes, method.max_rank(site.spec) + 1, lanes):
-            if chain_macs(method.chain_specs(site.spec, rank), site.size) > DEAREST * site.macs:
-                break
-            choices.append(Choice(name, rank))
+        for rank in method.ranks(site.spec, lanes):
+            if chain_macs(method.chain_specs(site.spec, rank), site.size) <= DEAREST * site.macs:
+                choices.append(Choice(name, rank))
     return choices
 
 
@@ -38,7 +34,7 @@ def chain_specs(site: Site, choice: Choice) -> tuple[ConvSpec, ...]:
     """The geometry of the convolutions that a site becomes."""
     if choice.rank is None:
         return (site.spec,)
-    return METHODS[choice.method].chain_specs(site.spec, int(choice.rank))  # type: ignore[arg-type]
+    return METHODS[choice.method].chain_specs(site.spec, choice.rank)
 
 
 def site_macs(site: Site, choice: Choice) -> int:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tvm_lowrank.decompose import Factors
+from tvm_lowrank.decompose import Factors, Rank
 
 # relative output errors near which a (site, method) is probed: nearly exact, useful, and about too far
 PROBED_ERRORS = (0.01, 0.06, 0.25)
@@ -29,11 +29,11 @@ def divergence(dense: np.ndarray, changed: np.ndarray) -> float:
     return max(0.0, float((p.exp() * (p - q)).sum(dim=1).mean()))
 
 
-def probe_ranks(factors: Factors, ranks: Sequence[int]) -> list[int]:
-    """The ranks, of those offered, whose relative errors are nearest to `PROBED_ERRORS`."""
-    relative = np.maximum(factors.errors[list(ranks)] / max(factors.errors[0], 1e-30), 1e-9)
-    nearest = {ranks[int(np.argmin(np.abs(np.log(relative / error))))] for error in PROBED_ERRORS}
-    return sorted(nearest)
+def probe_ranks(factors: Factors, ranks: Sequence[Rank], power: float) -> list[Rank]:
+    """The ranks, of those offered, whose errors relative to the output's `power` are nearest to `PROBED_ERRORS`."""
+    relative = np.maximum(np.array([factors.error(rank) for rank in ranks]) / max(power, 1e-30), 1e-9)
+    nearest = {int(np.argmin(np.abs(np.log(relative / error)))) for error in PROBED_ERRORS}
+    return [ranks[i] for i in sorted(nearest)]
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,16 @@ def deliver(search: Search, kept: Sequence[Evaluated], oracle: LatencyOracle, de
     The compiled library is what is evaluated. When a plan fails, the next milder one is looked at; the manifest says
     how many looks there were. The dense plan always passes.
     """
+    with console.timed(search.seconds, "tuning kernels"):
+        search.times.measure_others()
+    with console.timed(search.seconds, "building, verifying and measuring"):
+        manifest = _libraries(search, kept, oracle, delivery)
+    return write_manifest(delivery.out, {**manifest, "seconds": search.seconds})
+
+
+def _libraries(search: Search, kept: Sequence[Evaluated], oracle: LatencyOracle, delivery: Delivery) -> dict[str, Any]:
+    """Build and judge plans until one passes; the manifest without what `write_manifest` adds."""
     out, budget = delivery.out, search.settings.budget
-    search.times.measure_others()
     dense = _library(search.mod, oracle, delivery, "dense.so")
     images, labels = search.splits.evaluation
     dense_scores = evaluate(dense, images, labels, search.metric, description="accuracy, dense library")
@@ -79,28 +87,25 @@ def deliver(search: Search, kept: Sequence[Evaluated], oracle: LatencyOracle, de
         scores = dense_scores
     write_text(out / "plan.json", chosen.to_json())
     drop, interval = paired_drop(dense_scores, scores)
-    return write_manifest(
-        out,
-        {
-            "model": delivery.model,
-            "target": dict(delivery.target),
-            "budget": budget,
-            "input_shape": list(delivery.input_shape),
-            "data": {**delivery.data, "evaluation_sha256": fingerprint(search.splits.evaluation)},
-            "accuracy": {
-                "metric": search.metric.name,
-                "n": len(labels),
-                "dense": accuracy(dense_scores),
-                "compressed": accuracy(scores),
-                "drop": drop,
-                "ci95": list(interval),
-                "looks": len(search.journal.of_kind("look")),
-            },
-            "latency_ms": latency,
-            "speedup": speedup,
-            "sites": [_site_entry(search, site.id, chosen.get(site.id, Choice())) for site in search.sites],
+    return {
+        "model": delivery.model,
+        "target": dict(delivery.target),
+        "budget": budget,
+        "input_shape": list(delivery.input_shape),
+        "data": {**delivery.data, "evaluation_sha256": fingerprint(search.splits.evaluation)},
+        "accuracy": {
+            "metric": search.metric.name,
+            "n": len(labels),
+            "dense": accuracy(dense_scores),
+            "compressed": accuracy(scores),
+            "drop": drop,
+            "ci95": list(interval),
+            "looks": len(search.journal.of_kind("look")),
         },
-    )
+        "latency_ms": latency,
+        "speedup": speedup,
+        "sites": [_site_entry(search, site.id, chosen.get(site.id, Choice())) for site in search.sites],
+    }
 
 
 def _library(mod: IRModule, oracle: LatencyOracle, delivery: Delivery, name: str) -> CompiledModel:

@@ -23,8 +23,9 @@ from tvm_lowrank import console
 from tvm_lowrank.bridge import TorchBridge
 from tvm_lowrank.calibrate import collect_moments, predict
 from tvm_lowrank.data import Splits
-from tvm_lowrank.decompose import METHODS, Chain, Factors, Moments, cut
-from tvm_lowrank.graph import find_sites
+from tvm_lowrank.decompose import METHODS, Chain, Factors, Moments, Rank, cut, grouped
+from tvm_lowrank.decompose.moments import output_power
+from tvm_lowrank.graph import Site, find_sites
 from tvm_lowrank.metric import Metric
 from tvm_lowrank.plan import DENSE, Choice, Plan
 from tvm_lowrank.search.allocate import Option, allocate
@@ -92,13 +93,14 @@ class Search:
         self.settings = settings
         self.sites = find_sites(mod)
         self.damage: dict[str, dict[Choice, float]] = {}  # of every candidate, in nats, once `probe` was called
+        self.seconds: dict[str, float] = {}  # by phase, of this process
         self._bridge = TorchBridge(mod)
 
     @cached_property
     def candidates(self) -> dict[str, list[Choice]]:
         """What each site may become, besides dense."""
-        options = {"methods": self.settings.methods, "lanes": self.settings.lanes}
-        return {site.id: candidates(site, **options) for site in self.sites}  # type: ignore[arg-type]
+        methods, lanes = self.settings.methods, self.settings.lanes
+        return {site.id: candidates(site, methods=methods, lanes=lanes) for site in self.sites}
 
     @cached_property
     def moments(self) -> dict[str, Moments]:
@@ -131,9 +133,23 @@ class Search:
 
     def single(self, name: str, choice: Choice) -> Chain:
         """The chain of one candidate, with the dense network's moments."""
-        site = next(site for site in self.sites if site.id == name)
-        rank = int(choice.rank)  # type: ignore[arg-type]
-        return cut(choice.method, self.factors[name, choice.method], rank, site.weight, self.moments[name])
+        assert choice.rank is not None
+        weight, factors = self._site(name).weight, self.factors[name, choice.method]
+        return cut(choice.method, factors, choice.rank, weight, self.moments[name])
+
+    def _site(self, name: str) -> Site:
+        return next(site for site in self.sites if site.id == name)
+
+    def _error(self, name: str, choice: Choice) -> float:
+        """Expected squared output error of a candidate, before the refit."""
+        assert choice.rank is not None
+        return self.factors[name, choice.method].error(choice.rank)
+
+    def _probe_ranks(self, name: str, method: str, factors: Factors) -> list[Rank]:
+        site = self._site(name)
+        ranks = [c.rank for c in self.candidates[name] if c.method == method and c.rank is not None]
+        power = output_power(grouped(site.weight, site.spec), self.moments[name])
+        return probe_ranks(factors, ranks, power)
 
     def probe(self) -> None:
         """Predict the damage of every candidate, in nats, from a few real evaluations."""
@@ -143,7 +159,7 @@ class Search:
         wanted = [
             (name, Choice(method, rank))
             for (name, method), factors in self.factors.items()
-            for rank in probe_ranks(factors, [int(c.rank) for c in self.candidates[name] if c.method == method])  # type: ignore[arg-type]
+            for rank in self._probe_ranks(name, method, factors)
         ]
         for name, choice in console.track(wanted, "probing damage"):
             self._check_time()
@@ -152,12 +168,12 @@ class Search:
                 changed = TorchBridge(replace_sites(self.mod, {name: self.single(name, choice)}))
                 return divergence(dense, predict(changed, images))
 
-            error = float(self.factors[name, choice.method].errors[choice.rank])
+            error = self._error(name, choice)
             found = self.journal.once("probe", f"{name} {choice}", evaluate)
             probes.setdefault((name, choice.method), {})[error] = found
         curves = {pair: DamageCurve.through(found) for pair, found in probes.items()}
         self.damage = {
-            name: {c: curves[name, c.method](float(self.factors[name, c.method].errors[c.rank])) for c in choices}
+            name: {c: curves[name, c.method](self._error(name, c)) for c in choices}
             for name, choices in self.candidates.items()
         }
 
@@ -180,7 +196,11 @@ class Search:
                     (name, min(own, key=lambda pair: abs(math.log(pair[1] / (anchor * share))))[0])
                     for anchor in ANCHORS
                 ]
-        self.times.measure(wanted, check=self._check_time)
+        self._time(wanted)
+
+    def _time(self, wanted: list[tuple[str, Choice]]) -> None:
+        with console.timed(self.seconds, "tuning kernels"):
+            self.times.measure(wanted, check=self._check_time)
 
     def plan_for(self, limit: float) -> tuple[Plan, float, float]:
         """The fastest plan within a damage limit, every part of it measured: (plan, predicted damage, ms)."""
@@ -189,7 +209,7 @@ class Search:
             unknown = [(n, o.choice) for n, o in chosen.items() if self.times.measured(n, o.choice) is None]
             if not unknown:
                 break
-            self.times.measure(unknown, check=self._check_time)
+            self._time(unknown)
         plan = Plan({name: option.choice for name, option in chosen.items() if option.choice.method != DENSE})
         ms = sum(self.times.estimate(name, option.choice) for name, option in chosen.items())
         return plan, sum(option.damage for option in chosen.values()), ms
@@ -209,14 +229,17 @@ class Search:
             lost = self.metric.scores(self.dense_selection, labels) - self.metric.scores(logits, labels)
             return {"drop": 100 * float(np.mean(lost)), "damage": divergence(self.dense_selection, logits)}
 
-        found = self.journal.once("evaluation", plan.to_json(), compute)
+        with console.timed(self.seconds, "refitting and evaluating plans"):
+            found = self.journal.once("evaluation", plan.to_json(), compute)
         return Evaluated(plan, limit, predicted, found["damage"], found["drop"], ms)
 
     def run(self) -> list[Evaluated]:
         """Evaluated plans that kept the budget, fastest first; the all-dense plan is always the last of them."""
         kept: list[Evaluated] = []
         try:
-            self.probe()
+            with console.timed(self.seconds, "predicting damage"):
+                self.probe()
+            console.phase("tuning the kernels of the likeliest candidates")
             self.time_anchors()
             self._explore(kept)
         except _TimeUp:

@@ -18,9 +18,9 @@ from tvm.ir import IRModule
 
 from tvm_lowrank.bridge import TorchBridge
 from tvm_lowrank.calibrate import sample_columns, sample_positions
-from tvm_lowrank.decompose import METHODS, Chain, Moments, cut, grouped
+from tvm_lowrank.decompose import Chain, Moments, Rank, compose, decompose, grouped
 from tvm_lowrank.graph import Site
-from tvm_lowrank.plan import DENSE, Choice
+from tvm_lowrank.plan import Choice
 from tvm_lowrank.transform import replace_sites
 
 RIDGE = 1e-2  # pulls B towards the dense kernel where the calibration images say little
@@ -94,14 +94,14 @@ def refit(
     chains: dict[str, Chain] = {}
     for site in sites:
         choice = plan.get(site.id, Choice())
-        if choice.method != DENSE:
+        if choice.rank is not None:
             columns = site_columns(replace_sites(mod, chains), site, images, seed=seed)
-            chains[site.id] = _fit(site, choice, columns, targets[site.id])
+            chains[site.id] = _fit(site, choice.method, choice.rank, columns, targets[site.id])
         advance()
     return chains
 
 
-def _fit(site: Site, choice: Choice, columns: Tensor, target: Tensor) -> Chain:
+def _fit(site: Site, method: str, rank: Rank, columns: Tensor, target: Tensor) -> Chain:
     moments = moments_of(columns)
     mean_target = target.double().mean(dim=1).numpy()
     centred = (target - torch.from_numpy(mean_target[:, None].astype("float32"))).transpose(1, 2)
@@ -114,10 +114,8 @@ def _fit(site: Site, choice: Choice, columns: Tensor, target: Tensor) -> Chain:
     missing = cross - weight @ moments.covariance
     regressed = weight + np.linalg.solve(lifted, missing.transpose(0, 2, 1)).transpose(0, 2, 1)
     kernel = regressed.reshape(site.spec.weight_shape)
-    rank = int(choice.rank)  # type: ignore[arg-type]
-    factors = METHODS[choice.method].factorise(kernel, site.spec, moments)
-    chain = cut(choice.method, factors, rank, kernel)
-    composed = grouped(factors.kernel(rank), site.spec)
+    chain = decompose(kernel, site.spec, method=method, rank=rank, moments=moments)
+    composed = grouped(compose(chain.specs, [conv.weight for conv in chain.convs], site.spec.groups), site.spec)
     bias = mean_target - np.einsum("gnd,gd->gn", composed, moments.mean)
     return Chain(chain.convs, bias.reshape(-1).astype(np.float32))
 

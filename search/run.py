@@ -16,7 +16,7 @@ import tvm
 from tvm.ir import IRModule
 
 from tvm_lowrank import console, example
-from tvm_lowrank.bundle import FILES, MANIFEST, prepare_out
+from tvm_lowrank.bundle import FILES, MANIFEST, find_compiler, prepare_out
 from tvm_lowrank.data import EXAMPLE, Splits, load_data, overlaps
 from tvm_lowrank.decompose import METHODS
 from tvm_lowrank.errors import UserError
@@ -81,6 +81,7 @@ def search(request: Request) -> dict[str, Any]:
     """
     start = time.monotonic()
     _check_options(request)
+    find_compiler()
     profile = load_profile(request.target)
     metric = load_metric(request.metric)
     out = _open_out(request)
@@ -98,6 +99,7 @@ def search(request: Request) -> dict[str, Any]:
     )
     cache = request.cache or cache_folder()
     with LatencyOracle(profile, cache_dir=cache, trials=request.trials, threads=request.threads) as oracle:
+        console.phase(f"{len(find_sites(mod))} convolutions; calibrating and predicting damage")
         times = SiteTimes(mod, find_sites(mod), oracle, batch=request.batch)
         finder = Search(mod, splits, metric, times, journal, settings)
         kept = finder.run()

@@ -87,7 +87,7 @@ class SiteTimes:
         return None if any(time is None for time in times) else sum(time.ms for time in times if time is not None)
 
     def estimate(self, site: str, choice: Choice) -> float:
-        """Measured ms, or MACs at the ms a MAC of this site and method, interpolated between the measured ranks.
+        """Measured ms, or MACs at the ms a MAC of this site and method, interpolated between what was measured.
 
         Where the method was not measured at this site, its MACs take as long as the dense convolution's.
         """
@@ -96,17 +96,17 @@ class SiteTimes:
             return exact
         here = self._sites[site]
         points = sorted(
-            (float(other.rank), time / site_macs(here, other))  # type: ignore[arg-type]
+            (macs, time / macs)
             for (name, other) in self._kernels
-            if name == site and other.method == choice.method and other.rank is not None
+            if name == site and other.method == choice.method
             if (time := self.measured(site, other)) is not None
+            for macs in [site_macs(here, other)]
         )
+        macs = site_macs(here, choice)
         if points:
-            ranks, costs = zip(*points, strict=True)
-            cost = float(np.interp(float(choice.rank), ranks, costs))  # type: ignore[arg-type]
-        else:
-            dense = self.measured(site, Choice())
-            if dense is None:
-                raise ValueError(f"site {site!r} has not been measured")
-            cost = dense / here.macs
-        return cost * site_macs(here, choice)
+            known, costs = zip(*points, strict=True)
+            return macs * float(np.interp(macs, known, costs))
+        dense = self.measured(site, Choice())
+        if dense is None:
+            raise ValueError(f"site {site!r} has not been measured")
+        return macs * dense / here.macs

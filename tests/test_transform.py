@@ -11,7 +11,7 @@ from torch import from_numpy
 from torch.nn import functional as F
 from tvm import relax
 
-from tvm_lowrank.decompose import METHODS, ConvSpec, Moments
+from tvm_lowrank.decompose import METHODS, ConvSpec, Moments, compose
 from tvm_lowrank.graph import find_sites
 from tvm_lowrank.plan import Choice, Plan
 from tvm_lowrank.transform import DecomposeConv2D
@@ -113,7 +113,8 @@ def test_equals_convolution_with_composed_kernel(
     )
     got = run(pipeline(mod), x, layout)
 
-    kernel = recipe.factorise(weight, spec, moments).kernel(rank)
+    factors = recipe.factorise(weight, spec, moments)
+    kernel = compose(recipe.chain_specs(spec, rank), factors.weights(rank), spec.groups)
     total = np.zeros(spec.out_channels) if bias is None else bias.astype("float64")
     if moments is not None:
         missing = (weight - kernel).reshape(spec.groups, spec.out_channels // spec.groups, -1)

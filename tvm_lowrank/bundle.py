@@ -8,7 +8,7 @@ became of every site; ``manifest.json`` (schema 1, written last) describes the r
     accuracy (percent): {metric, n, dense, compressed, drop, ci95: [low, high], looks},
     latency_ms: {dense: {median, p10, p90}, compressed: {…}, threads, batch, how}, speedup,
     sites: [{id, method, rank, ms, dense_ms, macs, dense_macs, reason}],
-    files: {name: SHA-256}
+    seconds: {phase: s of the last run}, files: {name: SHA-256}
 """
 
 from __future__ import annotations
@@ -104,6 +104,23 @@ def write_text(path: Path, text: str) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}; free space or choose another --out") from error
 
 
+def find_compiler(cc: str | None = None) -> str:
+    """The C++ compiler that links libraries: ``cc``, or the one that TVM finds.
+
+    Raises
+    ------
+    UserError
+        If there is none.
+    """
+    from tvm.support.cc import get_cc
+
+    compiler = cc or get_cc()
+    if compiler is None or shutil.which(compiler.split()[0]) is None:
+        missing = compiler or "g++, clang++ or cc"
+        raise UserError(f"no C++ compiler ({missing}) to link the library; install one, e.g. the package g++")
+    return str(compiler)
+
+
 def export_library(executable: Executable, path: Path, *, cc: str | None = None) -> None:
     """Link a compiled module to the shared library ``path``; ``cc`` is the C++ compiler of the target.
 
@@ -112,12 +129,7 @@ def export_library(executable: Executable, path: Path, *, cc: str | None = None)
     UserError
         If no compiler is found, or linking or writing fails.
     """
-    from tvm.support.cc import get_cc
-
-    compiler = cc or get_cc()
-    if compiler is None or shutil.which(compiler) is None:
-        missing = compiler or "g++, clang++ or cc"
-        raise UserError(f"no C++ compiler ({missing}) to link {path.name}; install one, e.g. the package g++")
+    compiler = find_compiler(cc)
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
             linked = Path(folder) / path.name

@@ -5,6 +5,7 @@ Progress bars appear on an interactive terminal only; elsewhere `phase` leaves p
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
@@ -31,6 +32,16 @@ class Advance(Protocol):
 def phase(text: str) -> None:
     """Say in one line what is being done now."""
     _say(messages, text)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add the time that the block takes to an entry, in seconds."""
+    start = time.monotonic()
+    try:
+        yield
+    finally:
+        seconds[name] = seconds.get(name, 0.0) + time.monotonic() - start
 
 
 def warn(text: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tvm_lowrank.decompose.chain import Rank
 from tvm_lowrank.errors import UserError
 
 SCHEMA = 1
@@ -18,7 +19,7 @@ class Choice:
     """What a site becomes: a method's name and its rank (None for `dense`)."""
 
     method: str = DENSE
-    rank: int | tuple[int, ...] | None = None
+    rank: Rank | None = None
 
     def __post_init__(self) -> None:
         if (self.method == DENSE) != (self.rank is None):

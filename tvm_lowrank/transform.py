@@ -102,9 +102,9 @@ def shape_chains(mod: IRModule, plan: Mapping[str, Choice], *, name: str = "main
     chains = {}
     for binding in bindings(mod[name]):
         choice = plan.get(binding.var.name, Choice())
-        if not is_site(binding.value) or choice.method == DENSE:
+        if not is_site(binding.value) or choice.rank is None:
             continue
-        specs = METHODS[choice.method].chain_specs(conv_spec(binding.value), int(choice.rank))  # type: ignore[arg-type]
+        specs = METHODS[choice.method].chain_specs(conv_spec(binding.value), choice.rank)
         convs = tuple(Conv(spec, np.zeros(spec.weight_shape, np.float32)) for spec in specs)
         chains[binding.var.name] = Chain(convs, np.zeros(specs[-1].out_channels, np.float32))
     return chains

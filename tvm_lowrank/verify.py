@@ -118,6 +118,8 @@ def print_manifest(manifest: Mapping[str, Any]) -> None:
         ],
     )
     print_latency(manifest["latency_ms"], manifest["speedup"])
+    if "seconds" in manifest:
+        table("time spent", ("phase", "s"), [(name, f"{value:.0f}") for name, value in manifest["seconds"].items()])
     a = manifest["accuracy"]
     table(
         f"accuracy ({a['metric']}, %), evaluation split, looked at {a['looks']} time{'s' if a['looks'] != 1 else ''}",

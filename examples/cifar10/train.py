@@ -39,25 +39,20 @@ def load_cifar10(source: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
     from PIL import Image
 
     Image.MAX_IMAGE_PIXELS = None
+    names = [*TRAIN_SHEETS, "test_batch.png", "train_lables.json", "test_lables.json"]  # the package spells it so
     if source.is_dir():
         folder = source / "package" if (source / "package").is_dir() else source
-
-        def read(name: str) -> bytes:
-            return (folder / name).read_bytes()
-
+        files = {name: (folder / name).read_bytes() for name in names}
     else:
-        archive = tarfile.open(source)
-
-        def read(name: str) -> bytes:
-            member = archive.extractfile(f"package/{name}")
-            assert member is not None
-            return member.read()
+        with tarfile.open(source) as archive:
+            members = {name: archive.extractfile(f"package/{name}") for name in names}
+            files = {name: member.read() for name, member in members.items() if member is not None}
 
     def sheet(name: str) -> np.ndarray:
-        return np.asarray(Image.open(io.BytesIO(read(name))).convert("RGB")).reshape(-1, 32, 32, 3)
+        return np.asarray(Image.open(io.BytesIO(files[name])).convert("RGB")).reshape(-1, 32, 32, 3)
 
-    def labels(name: str) -> np.ndarray:  # the package spells it so
-        return np.array(json.loads(read(name)), "int64")
+    def labels(name: str) -> np.ndarray:
+        return np.array(json.loads(files[name]), "int64")
 
     train_x = np.concatenate([sheet(name) for name in TRAIN_SHEETS])
     return train_x, labels("train_lables.json"), sheet("test_batch.png"), labels("test_lables.json")

@@ -2,24 +2,30 @@
 
 A **method** turns (weight, geometry, moments) into factors from which the chain of any rank is cut:
 
-    factors = METHODS["spatial"].factorise(weight, spec, moments)
-    factors.errors[rank]      # expected squared output error, before a rank is chosen
     chain = decompose(weight, spec, method="spatial", rank=48, moments=moments)
 
-Ranks count the channels between the convolutions, per group.
+or, one factorisation for many ranks:
+
+    factors = METHODS["spatial"].factorise(weight, spec, moments)
+    factors.error(48)                                      # expected squared output error
+    chain = cut("spatial", factors, 48, weight, moments)
+
+A rank counts the channels between the convolutions, per group of the site; methods with several such numbers take a
+tuple.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from tvm_lowrank.decompose import channel, spatial
-from tvm_lowrank.decompose.chain import Chain, Conv, ConvSpec, Pair, chain_macs
+from tvm_lowrank.decompose.chain import Chain, Conv, ConvSpec, Pair, Rank, chain_macs, compose
 from tvm_lowrank.decompose.moments import Moments, grouped
+from tvm_lowrank.decompose.refit import refit_last
 
 __all__ = [
     "METHODS",
@@ -30,7 +36,9 @@ __all__ = [
     "Method",
     "Moments",
     "Pair",
+    "Rank",
     "chain_macs",
+    "compose",
     "cut",
     "decompose",
     "grouped",
@@ -38,86 +46,119 @@ __all__ = [
 
 
 class Factors(Protocol):
-    """What a method makes of a weight: all its ranks."""
+    """What a method makes of a weight, for all ranks."""
 
     @property
     def spec(self) -> ConvSpec:
         """The geometry of the convolution that was factorised."""
 
-    @property
-    def errors(self) -> np.ndarray:
-        """Expected squared output error, summed over channels, at ranks 0..max_rank: shape (max_rank + 1,)."""
+    def error(self, rank: Rank) -> float:
+        """Expected squared output error, summed over channels (squared weight error without moments)."""
 
-    def weights(self, rank: int) -> tuple[np.ndarray, ...]:
+    def weights(self, rank: Rank) -> tuple[np.ndarray, ...]:
         """OIHW weights of the chain's convolutions."""
-
-    def kernel(self, rank: int) -> np.ndarray:
-        """The OIHW kernel that the chain composes to."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A decomposition method: geometry without weights, and the factorisation itself."""
+    """A decomposition method: geometry without weights, and the factorisation itself.
+
+    ``applies(spec)`` says whether the method makes sense of a geometry; ``max_rank(spec)`` is the largest rank (for a
+    tuple, of each number); ``ranks(spec, lanes)`` lists ranks worth considering where vectors hold `lanes` values;
+    ``chain_specs(spec, rank)`` is the chain's geometry. ``refits`` says that `factorise` leaves the last factor to be
+    refit; otherwise it is already the best one.
+    """
 
     name: str
-    max_rank: Callable[[ConvSpec], int]
-    chain_specs: Callable[[ConvSpec, int], tuple[ConvSpec, ...]]
-    factorise: Callable[[np.ndarray, ConvSpec, Moments | None], Factors]
     applies: Callable[[ConvSpec], bool]
+    max_rank: Callable[[ConvSpec], Rank]
+    ranks: Callable[[ConvSpec, int], Sequence[Rank]]
+    chain_specs: Callable[[ConvSpec, Rank], tuple[ConvSpec, ...]]
+    factorise: Callable[[np.ndarray, ConvSpec, Moments | None], Factors]
+    refits: bool = False
 
-    def check(self, spec: ConvSpec, rank: int) -> None:
+    def check(self, spec: ConvSpec, rank: Rank) -> None:
         """Raise ValueError, naming the range, unless the rank is possible here."""
-        highest = self.max_rank(spec)
         if not self.applies(spec):
-            raise ValueError(
-                f"{self.name} does not apply to a {spec.kernel[0]}x{spec.kernel[1]} convolution of {spec.groups} groups"
-            )
-        if not isinstance(rank, int | np.integer) or not 1 <= rank <= highest:
-            raise ValueError(f"rank {rank!r} of {self.name} is outside 1..{highest}")
+            kernel = f"{spec.kernel[0]}x{spec.kernel[1]}"
+            raise ValueError(f"{self.name} does not apply to a {kernel} convolution of {spec.groups} groups")
+        highest = self.max_rank(spec)
+        numbers, limits = _numbers(rank), _numbers(highest)
+        whole = all(isinstance(number, int | np.integer) for number in numbers)
+        if (
+            len(numbers) != len(limits)
+            or not whole
+            or not all(1 <= n <= m for n, m in zip(numbers, limits, strict=True))
+        ):
+            span = ", ".join(f"1..{limit}" for limit in limits)
+            raise ValueError(f"rank {rank!r} of {self.name} is outside {span}")
+
+
+def _numbers(rank: Rank) -> tuple[int, ...]:
+    return rank if isinstance(rank, tuple) else (rank,)
 
 
 def _not_depthwise(spec: ConvSpec) -> bool:
     return spec.groups == 1 or spec.groups < spec.in_channels
 
 
+def _grid(max_rank: Callable[[ConvSpec], int]) -> Callable[[ConvSpec, int], Sequence[Rank]]:
+    """Multiples of the vector lanes: other ranks cost the time of the next multiple."""
+    return lambda spec, lanes: range(lanes, max_rank(spec) + 1, lanes)
+
+
 METHODS = {
     method.name: method
     for method in (
-        Method("channel", channel.max_rank, channel.chain_specs, channel.factorise, _not_depthwise),
+        Method(
+            "channel",
+            _not_depthwise,
+            channel.max_rank,
+            _grid(channel.max_rank),
+            channel.chain_specs,
+            channel.factorise,
+        ),
         Method(
             "spatial",
+            lambda spec: _not_depthwise(spec) and min(spec.kernel) > 1,
             spatial.max_rank,
+            _grid(spatial.max_rank),
             spatial.chain_specs,
             spatial.factorise,
-            lambda spec: _not_depthwise(spec) and min(spec.kernel) > 1,
         ),
     )
 }
 
 
-def cut(method: str, factors: Factors, rank: int, weight: np.ndarray, moments: Moments | None = None) -> Chain:
-    """The chain of one rank of factors of `weight`; with moments, the bias takes back the mean of the error."""
-    spec, recipe = factors.spec, METHODS[method]
+def cut(method: str, factors: Factors, rank: Rank, weight: np.ndarray, moments: Moments | None = None) -> Chain:
+    """The chain of one rank of factors of `weight` (OIHW).
+
+    With moments the last factor is the best one for the features that the others compute, and the bias takes back
+    the mean of the error.
+    """
+    recipe, spec = METHODS[method], factors.spec
     recipe.check(spec, rank)
+    specs, weights = recipe.chain_specs(spec, rank), factors.weights(rank)
+    if moments is not None and recipe.refits:
+        weights = refit_last(weight, spec, specs, weights, moments)
     convs = tuple(
-        Conv(part, np.ascontiguousarray(array, dtype=np.float32))
-        for part, array in zip(recipe.chain_specs(spec, rank), factors.weights(rank), strict=True)
+        Conv(part, np.ascontiguousarray(array, dtype=np.float32)) for part, array in zip(specs, weights, strict=True)
     )
     if moments is None:
         return Chain(convs)
-    missing = grouped(weight - factors.kernel(rank), spec)
+    missing = grouped(weight - compose(specs, weights, spec.groups), spec)
     correction = np.einsum("gnd,gd->gn", missing, moments.mean).reshape(-1)
     return Chain(convs, correction.astype(np.float32))
 
 
-def decompose(weight: np.ndarray, spec: ConvSpec, *, method: str, rank: int, moments: Moments | None = None) -> Chain:
+def decompose(weight: np.ndarray, spec: ConvSpec, *, method: str, rank: Rank, moments: Moments | None = None) -> Chain:
     """Replace one convolution by a chain.
 
     Parameters
     ----------
     weight : OIHW array.
     method : one of ``METHODS``.
-    rank : channels between the convolutions, per group.
+    rank : channels between the convolutions, per group; a tuple where the method has several such numbers.
     moments : input statistics; with them the expected output error is minimised and the bias corrected.
 
     Raises

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 Pair = tuple[int, int]
+Rank = int | tuple[int, ...]
+
+
+def as_int(rank: Rank) -> int:
+    """The rank of a method that has one number for it."""
+    if isinstance(rank, tuple):
+        raise ValueError(f"rank {rank} has {len(rank)} numbers; this method takes one")
+    return int(rank)
 
 
 @dataclass(frozen=True)
@@ -109,3 +117,32 @@ def chain_macs(specs: Iterable[ConvSpec], size: Pair) -> int:
         total += spec.macs(size)
         size = spec.output_size(size)
     return total
+
+
+def compose(specs: Sequence[ConvSpec], weights: Sequence[np.ndarray], groups: int = 1) -> np.ndarray:
+    """The OIHW kernel of the one convolution, of `groups` groups, that a chain of OIHW weights computes.
+
+    Along each axis at most one of the convolutions may be larger than 1, as in all chains here: then strides,
+    dilation and padding are the composed convolution's, and taps multiply.
+    """
+    composed = ungrouped(weights[0], specs[0].groups)
+    for spec, weight in zip(specs[1:], weights[1:], strict=True):
+        taps = np.einsum("nrab,rcij->ncaibj", ungrouped(weight, spec.groups), composed, optimize=True)
+        n, c, a, i, b, j = taps.shape
+        if min(a, i) > 1 or min(b, j) > 1:
+            raise ValueError("two convolutions of the chain extend along the same axis")
+        composed = taps.reshape(n, c, a * i, b * j)
+    n, c, height, width = composed.shape
+    blocks = composed.reshape(groups, n // groups, groups, c // groups, height, width)
+    return np.concatenate([blocks[g, :, g] for g in range(groups)])
+
+
+def ungrouped(weight: np.ndarray, groups: int) -> np.ndarray:
+    """The OIHW weight of the same convolution without groups: zeros where a group does not look."""
+    if groups == 1:
+        return weight
+    out, inner, *kernel = weight.shape
+    dense = np.zeros((groups, out // groups, groups, inner, *kernel), weight.dtype)
+    for g, block in enumerate(weight.reshape(groups, out // groups, inner, *kernel)):
+        dense[g, :, g] = block
+    return dense.reshape(out, groups * inner, *kernel)

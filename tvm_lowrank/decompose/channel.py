@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tvm_lowrank.decompose.chain import ConvSpec
+from tvm_lowrank.decompose.chain import ConvSpec, Rank, as_int
 from tvm_lowrank.decompose.moments import Moments, grouped, output_power
 
 
@@ -21,9 +21,9 @@ def max_rank(spec: ConvSpec) -> int:
     return min(out // spec.groups, int(np.prod(inner)))
 
 
-def chain_specs(spec: ConvSpec, rank: int) -> tuple[ConvSpec, ...]:
+def chain_specs(spec: ConvSpec, rank: Rank) -> tuple[ConvSpec, ...]:
     """The geometry of the chain: kh x kw to `rank` channels a group, then 1 x 1."""
-    middle = spec.groups * rank
+    middle = spec.groups * as_int(rank)
     return (
         replace(spec, out_channels=middle),
         ConvSpec(middle, spec.out_channels, (1, 1), groups=spec.groups),
@@ -39,17 +39,16 @@ class ChannelFactors:
     basis: np.ndarray  # (g, N/g, max_rank), orthonormal columns, most important first
     errors: np.ndarray  # (max_rank + 1,): expected squared output error at each rank
 
-    def weights(self, rank: int) -> tuple[np.ndarray, ...]:
+    def weights(self, rank: Rank) -> tuple[np.ndarray, ...]:
         """OIHW weights of the chain's two convolutions."""
-        cut = self.basis[:, :, :rank]
+        cut = self.basis[:, :, : as_int(rank)]
         inner = np.einsum("gnr,gnd->grd", cut, self.matrices)
         first, second = chain_specs(self.spec, rank)
         return inner.reshape(first.weight_shape), cut.reshape(second.weight_shape)
 
-    def kernel(self, rank: int) -> np.ndarray:
-        """The OIHW kernel that the chain of this rank composes to."""
-        cut = self.basis[:, :, :rank]
-        return (cut @ (cut.transpose(0, 2, 1) @ self.matrices)).reshape(self.spec.weight_shape)
+    def error(self, rank: Rank) -> float:
+        """Expected squared output error, summed over channels."""
+        return float(self.errors[as_int(rank)])
 
 
 def factorise(weight: np.ndarray, spec: ConvSpec, moments: Moments | None = None) -> ChannelFactors:

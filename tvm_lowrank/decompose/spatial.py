@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import linalg
 
-from tvm_lowrank.decompose.chain import ConvSpec
+from tvm_lowrank.decompose.chain import ConvSpec, Rank, as_int
 from tvm_lowrank.decompose.moments import Moments, grouped, output_power
 
 RIDGE = 1e-7  # relative to the mean eigenvalue; keeps a singular covariance solvable
@@ -25,9 +25,9 @@ def max_rank(spec: ConvSpec) -> int:
     return min(inner * height, out // spec.groups * width)
 
 
-def chain_specs(spec: ConvSpec, rank: int) -> tuple[ConvSpec, ...]:
+def chain_specs(spec: ConvSpec, rank: Rank) -> tuple[ConvSpec, ...]:
     """The geometry of the chain: kh x 1 to `rank` channels a group, then 1 x kw."""
-    vertical, horizontal, middle = spec.columns(), spec.rows(), spec.groups * rank
+    vertical, horizontal, middle = spec.columns(), spec.rows(), spec.groups * as_int(rank)
     return (
         ConvSpec(
             spec.in_channels,
@@ -74,9 +74,9 @@ class SpatialFactors:
         ]
         return np.stack(solved).transpose(0, 2, 1).reshape(self.spec.groups, -1, rank, self.spec.kernel[1])
 
-    def weights(self, rank: int) -> tuple[np.ndarray, ...]:
+    def weights(self, rank: Rank) -> tuple[np.ndarray, ...]:
         """OIHW weights of the chain's two convolutions, with the same norm for each pair of filters."""
-        vertical, horizontal = self.vertical[:, :rank], self.horizontal(rank)
+        vertical, horizontal = self.vertical[:, : as_int(rank)], self.horizontal(as_int(rank))
         lengths = np.linalg.norm(vertical, axis=2), np.linalg.norm(horizontal, axis=(1, 3))
         scale = np.sqrt(np.divide(lengths[1], lengths[0], out=np.ones_like(lengths[0]), where=np.min(lengths, 0) > 0))
         first, second = chain_specs(self.spec, rank)
@@ -85,11 +85,9 @@ class SpatialFactors:
             (horizontal / scale[:, None, :, None]).reshape(second.weight_shape),
         )
 
-    def kernel(self, rank: int) -> np.ndarray:
-        """The OIHW kernel that the chain of this rank composes to."""
-        _, inner, height, _ = self.spec.weight_shape
-        vertical = self.vertical[:, :rank].reshape(self.spec.groups, rank, inner, height)
-        return np.einsum("gkci,gnkj->gncij", vertical, self.horizontal(rank)).reshape(self.spec.weight_shape)
+    def error(self, rank: Rank) -> float:
+        """Expected squared output error, summed over channels."""
+        return float(self.errors[as_int(rank)])
 
 
 def factorise(weight: np.ndarray, spec: ConvSpec, moments: Moments | None = None) -> SpatialFactors:
