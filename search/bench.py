@@ -18,6 +18,7 @@ from typing import IO, Any, Protocol
 import tvm
 from tvm.ir import IRModule
 
+from tvm_lowrank.errors import MeasurementError
 from tvm_lowrank.schedule import Tiling
 from tvm_lowrank.search.worker import receive, send
 
@@ -26,7 +27,7 @@ RUN_TIMEOUT = 20.0  # beyond what the measurement was asked to take
 START_TIMEOUT = 120.0
 
 
-class TrialError(Exception):
+class TrialError(MeasurementError):
     """A candidate that could not be scheduled, compiled or run."""
 
 
@@ -102,8 +103,9 @@ class Worker:
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
         environment = {**os.environ, "TVM_NUM_THREADS": str(self.threads)}
         command = [sys.executable, "-W", "ignore", "-m", "tvm_lowrank.search.worker"]
+        # Python imports from the current folder first, and a checkout there would hide the installed package
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, env=environment
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, env=environment, cwd=sys.prefix
         )
 
     def _wait(self, timeout: float) -> None:

@@ -20,11 +20,10 @@ from tvm_lowrank.metric import accuracy, paired_drop
 from tvm_lowrank.plan import Choice, Plan
 from tvm_lowrank.search.bench import measure_interleaved
 from tvm_lowrank.search.candidates import site_macs, skipped
-from tvm_lowrank.search.loop import Evaluated, Search
+from tvm_lowrank.search.loop import BACK_OFF, Evaluated, Search
 from tvm_lowrank.search.oracle import LatencyOracle
 from tvm_lowrank.transform import replace_sites
 
-BACK_OFF = 0.85  # after a plan failed on the evaluation split, the next one must have this share of its damage
 ROUNDS = 30
 
 
@@ -44,7 +43,7 @@ def deliver(search: Search, kept: Sequence[Evaluated], oracle: LatencyOracle, de
     """Write the bundle of the fastest plan that keeps the budget on the evaluation split; returns its manifest.
 
     The compiled library is what is evaluated. When a plan fails, the next milder one is looked at; the manifest says
-    how many looks there were. The dense plan always passes.
+    how many looks there were. When none passes, the bundle is the tuned dense model.
     """
     with console.timed(search.seconds, "tuning kernels"):
         search.times.measure_others()
@@ -60,10 +59,9 @@ def _libraries(search: Search, kept: Sequence[Evaluated], oracle: LatencyOracle,
     images, labels = search.splits.evaluation
     dense_scores = evaluate(dense, images, labels, search.metric, description="accuracy, dense library")
 
-    chosen, scores, mildest = Plan(), dense_scores, np.inf
-    for candidate in kept:
-        if candidate.damage > mildest or not candidate.plan:
-            continue
+    chosen, scores = Plan(), dense_scores
+    candidate = kept[0] if kept else None
+    while candidate is not None:
         console.phase(f"building the plan with {candidate.drop:+.2f} points of drop on the selection split")
         changed = replace_sites(search.mod, search.chains(candidate.plan))
         library = _library(changed, oracle, delivery, "model.so")
@@ -74,7 +72,9 @@ def _libraries(search: Search, kept: Sequence[Evaluated], oracle: LatencyOracle,
             chosen = candidate.plan
             break
         console.warn(f"{drop:+.2f} points of drop on the evaluation split; trying a milder plan")
-        mildest = candidate.damage * BACK_OFF
+        failed = candidate
+        milder = [other for other in kept if other.damage <= BACK_OFF * failed.damage]
+        candidate = milder[0] if milder else search.milder(failed)
 
     if not chosen:
         shutil.copyfile(out / "dense.so", out / "model.so")

@@ -42,6 +42,7 @@ ANCHORS = (0.3, 3.0)  # candidates are timed where a site takes these shares of 
 STEP = 2.5  # factor between limits until one fails and one keeps the budget
 CLOSE = 1.1  # factor between those two at which the loop ends
 MOST_EVALUATIONS = 12
+BACK_OFF = 0.7  # factor on the limit after a plan failed on the evaluation split
 LEAST_LIMIT, MOST_LIMIT = 1e-6, 10.0  # nats; beyond these nothing changes any more
 MOST_ALLOCATIONS = 5  # for one limit; each times what it chose
 
@@ -234,7 +235,7 @@ class Search:
         return Evaluated(plan, limit, predicted, found["damage"], found["drop"], ms)
 
     def run(self) -> list[Evaluated]:
-        """Evaluated plans that kept the budget, fastest first; the all-dense plan is always the last of them."""
+        """Evaluated plans that kept the budget on the selection split, fastest first; perhaps none."""
         kept: list[Evaluated] = []
         try:
             with console.timed(self.seconds, "predicting damage"):
@@ -244,7 +245,22 @@ class Search:
             self._explore(kept)
         except _TimeUp:
             console.warn("the time limit ends the search early; the best plan so far is kept")
-        return [*sorted(kept, key=lambda e: e.ms), Evaluated(Plan(), 0.0, 0.0, 0.0, 0.0, math.inf)]
+        return sorted(kept, key=lambda e: e.ms)
+
+    def milder(self, than: Evaluated) -> Evaluated | None:
+        """The next plan of less damage that keeps the budget on the selection split; None when only dense is left."""
+        limit = than.limit * BACK_OFF
+        try:
+            while limit > LEAST_LIMIT:
+                result = self.evaluate(*self._placed(limit))
+                if not result.plan:
+                    return None
+                if result.plan != than.plan and result.drop <= self.settings.budget:
+                    return result
+                limit *= BACK_OFF
+        except _TimeUp:
+            pass
+        return None
 
     def _explore(self, kept: list[Evaluated]) -> None:
         """Look for the largest damage limit that keeps the budget; plans that keep it are appended to `kept`."""
@@ -258,7 +274,8 @@ class Search:
                 f"selection drop {result.drop:+.2f} points, {'kept' if inside else 'over budget'}"
             )
             if inside:
-                kept.append(result)
+                if result.plan:
+                    kept.append(result)
                 below = limit
             else:
                 above = limit

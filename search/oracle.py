@@ -10,6 +10,7 @@ from types import TracebackType
 import numpy as np
 
 from tvm_lowrank import schedule
+from tvm_lowrank.errors import MeasurementError
 from tvm_lowrank.lower import Kernel
 from tvm_lowrank.schedule import Tiling
 from tvm_lowrank.search.bench import Bench, Job, LocalBench, TrialError
@@ -24,7 +25,7 @@ OTHER_TRIALS = 4  # for kernels that are not convolutions, and a small part of a
 logger = logging.getLogger(__name__)
 
 
-class TuningError(RuntimeError):
+class TuningError(MeasurementError):
     """No schedule of a kernel could be compiled and run."""
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from tests.test_transform import module
+from support.samples import module
 from tvm_lowrank.bridge import TorchBridge
 from tvm_lowrank.calibrate import collect_moments, predict, sample_columns, sample_positions
 from tvm_lowrank.decompose import ConvSpec

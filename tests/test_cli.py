@@ -68,9 +68,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return call
 
 
-def test_a_process_ends_with_exit_code_2() -> None:
+def test_a_process_ends_with_exit_code_2(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tvm_lowrank.cli", "search", "--budget", "banana"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tvm import relax
 from tvm.ir import IRModule
 
-from tests import models
+from support import models
 from tvm_lowrank.bridge import TorchBridge
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.graph import find_sites

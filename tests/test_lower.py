@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.lowering_networks import canonical, expected, network, run, sample
+from support.lowering_networks import canonical, expected, network, run, sample
 from tvm_lowrank.lower import build, kernels, lower
 from tvm_lowrank.schedule import Tiling, default_tiling, workload
 from tvm_lowrank.search.tiles import register_tiles, variants
@@ -107,14 +107,14 @@ def test_equal_shapes_have_equal_keys_and_others_do_not():
 
 def test_keys_are_the_same_in_another_process():
     script = (
-        "from tests.lowering_networks import *; from tvm_lowrank.lower import *\n"
+        "from support.lowering_networks import *; from tvm_lowrank.lower import *\n"
         "from tvm_lowrank.targets.profile import load_profile\n"
         "net = network(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))\n"
         "low = lower(canonical(net, (16, 8, 8)), batch=1, target=load_profile('x86').tvm_target())\n"
         "print(*[k.key for k in kernels(low)])"
     )
     command = [sys.executable, "-W", "ignore", "-c", script]
-    there = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True).stdout
+    there = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout
     net = network(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
     here = kernels(lower(canonical(net, (16, 8, 8)), batch=1, target=TARGET))
     assert there.split() == [k.key for k in here]

@@ -11,12 +11,11 @@ from torch import from_numpy
 from torch.nn import functional as F
 from tvm import relax
 
+from support.samples import LAYOUTS, module
 from tvm_lowrank.decompose import METHODS, ConvSpec, Moments, compose
 from tvm_lowrank.graph import find_sites
 from tvm_lowrank.plan import Choice, Plan
 from tvm_lowrank.transform import DecomposeConv2D
-
-LAYOUTS = {"NCHW": ("NCHW", "OIHW"), "NHWC": ("NHWC", "HWIO")}
 
 
 def reference(x: np.ndarray, kernel: np.ndarray, bias: np.ndarray, spec: ConvSpec) -> np.ndarray:
@@ -24,31 +23,6 @@ def reference(x: np.ndarray, kernel: np.ndarray, bias: np.ndarray, spec: ConvSpe
     padded = F.pad(from_numpy(x), (left, right, top, bottom))
     options = {"stride": spec.strides, "dilation": spec.dilation, "groups": spec.groups}
     return F.conv2d(padded, from_numpy(kernel), from_numpy(bias), **options).numpy()
-
-
-def module(
-    spec: ConvSpec, weight: np.ndarray, bias: np.ndarray | None, size: tuple[int, int], layout: str
-) -> tvm.IRModule:
-    """relu(conv(x) + bias), with a symbolic batch."""
-    data_layout, kernel_layout = LAYOUTS[layout]
-    extents = {"N": tvm.tirx.Var("n", "int64"), "C": spec.in_channels, "H": size[0], "W": size[1]}
-    x = relax.Var("x", relax.TensorType([extents[axis] for axis in data_layout], "float32"))
-    builder = relax.BlockBuilder()
-    with builder.function("main", [x]):
-        with builder.dataflow():
-            kernel = relax.const(np.ascontiguousarray(weight.transpose(["OIHW".index(a) for a in kernel_layout])))
-            geometry = {"strides": spec.strides, "padding": spec.padding, "dilation": spec.dilation}
-            layouts = {"data_layout": data_layout, "kernel_layout": kernel_layout}
-            conv = builder.normalize(relax.op.nn.conv2d(x, kernel, groups=spec.groups, **geometry, **layouts))
-            y = relax.DataflowVar("layer1.conv", conv.ty)
-            builder.emit_normalized(relax.VarBinding(y, conv))
-            if bias is not None:
-                y = builder.emit(
-                    relax.op.add(y, relax.const(bias.reshape([-1 if a == "C" else 1 for a in data_layout])))
-                )
-            out = builder.emit_output(relax.op.nn.relu(y))
-        builder.emit_func_output(out)
-    return builder.get()
 
 
 def run(mod: tvm.IRModule, x: np.ndarray, layout: str) -> np.ndarray:

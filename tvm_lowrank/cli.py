@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from tvm_lowrank import console
-from tvm_lowrank.errors import UserError
+from tvm_lowrank.errors import MeasurementError, UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -160,12 +160,15 @@ def _seconds(text: str) -> float:
 
 
 def main() -> None:
-    """Entry point: exit code 2 with one line for what the user can fix, 130 when interrupted."""
+    """Entry point: one line for what goes wrong; exit code 2 if the user can fix it, 130 when interrupted."""
     try:
         app()
     except UserError as error:
         console.error(str(error))
         sys.exit(2)
+    except MeasurementError as error:
+        console.error(str(error))
+        sys.exit(1)
     except KeyboardInterrupt:
         console.error("interrupted; run the same command with --resume to go on")
         sys.exit(130)

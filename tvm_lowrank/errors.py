@@ -1,4 +1,4 @@
-"""The one exception a user of the tool is meant to see."""
+"""The exceptions that a user of the tool is meant to see: one line each, no traceback."""
 
 
 class UserError(Exception):
@@ -7,3 +7,7 @@ class UserError(Exception):
     The message is one line: what is wrong (naming the thing) and, after a semicolon, the remedy.
     The command line prints it as ``error: …`` and exits with code 2.
     """
+
+
+class MeasurementError(Exception):
+    """A device or a compiler failed at what should have worked; the command line exits with code 1."""

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tvm_lowrank.decompose import METHODS, ConvSpec, Factors, Moments, Rank, chain_macs, compose, decompose
+from support.samples import columns, moments_of
+from tvm_lowrank.decompose import METHODS, ConvSpec, Factors, Rank, chain_macs, compose, decompose
 from tvm_lowrank.decompose.moments import grouped, output_power
 
 SPECS = {
@@ -17,19 +18,6 @@ SPECS = {
     "3x5 in 2 groups": ConvSpec(8, 6, (3, 5), strides=(2, 1), groups=2),
     "wide": ConvSpec(2, 20, (3, 3)),
 }
-
-
-def columns(spec: ConvSpec, rng: np.random.Generator, count: int = 4000) -> np.ndarray:
-    """Correlated, skewed input columns: (g, count, D)."""
-    depth = int(np.prod(spec.weight_shape[1:]))
-    mixing = rng.standard_normal((spec.groups, depth, depth)) * np.linspace(0.05, 1, depth)
-    return np.maximum(rng.standard_normal((spec.groups, count, depth)) @ mixing + 0.3, 0)
-
-
-def moments_of(x: np.ndarray) -> Moments:
-    mean = x.mean(axis=1)
-    centred = x - mean[:, None]
-    return Moments(mean, centred.transpose(0, 2, 1) @ centred / x.shape[1])
 
 
 def composed(name: str, factors: Factors, rank: Rank) -> np.ndarray:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from tests.decompose.test_methods import columns, moments_of
+from support.samples import columns, moments_of
 from tvm_lowrank.decompose import ConvSpec, compose
 from tvm_lowrank.decompose.moments import grouped, output_power
 from tvm_lowrank.decompose.refit import refit_last

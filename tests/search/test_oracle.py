@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from torch import nn
 
-from tests.lowering_networks import canonical, expected, network, run, sample
+from support.lowering_networks import canonical, expected, network, run, sample
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.lower import build, kernels, lower
 from tvm_lowrank.schedule import Tiling, workload

@@ -23,12 +23,13 @@ MODEL = ("--model", "tvm_lowrank.example:model", "--input-shape", "1,3,32,32")
 IMAGES = 120
 
 
+# Python imports from the current folder first: in a checkout that would not be the installed package
 def command(*arguments: str | Path) -> list[str]:
     return [sys.executable, "-m", "tvm_lowrank.cli", *map(str, arguments)]
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=900)
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=900, cwd=sys.prefix)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -55,7 +56,9 @@ def bundle(folder: Path) -> Path:
         *("--methods", "channel", "--trials", "2", "--out", out, "--cache", cache, "--resume"),
     )
     for wanted in ("probe", "evaluation"):
-        process = subprocess.Popen(command(*search), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command(*search), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=sys.prefix
+        )
         deadline = time.monotonic() + 600
         while not any(line["kind"] == wanted for line in _whole_lines(out / "journal.jsonl")):
             assert process.poll() is None and time.monotonic() < deadline, "the search ended before it was killed"
