@@ -242,5 +242,6 @@ def test_tensor_intrinsics_are_not_imported(tmp_path, lowered):
         capture_output=True,
         text=True,
         check=True,
+        cwd=sys.prefix,  # not a checkout, which would hide the installed package
     )
     assert done.stdout.strip() == "False"
