@@ -41,7 +41,7 @@ def error(mod: IRModule, changed: IRModule, images: np.ndarray) -> float:
     return float(np.mean((predict(TorchBridge(changed), images) - dense) ** 2) / np.var(dense))
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", ("channel", "channel_in", "dac", "spatial", "spatial_rows"))
 def test_full_rank_is_exact(method: str, network: tuple[IRModule, np.ndarray, np.ndarray]) -> None:
     mod, images, others = network
     sites = find_sites(mod)
@@ -50,7 +50,7 @@ def test_full_rank_is_exact(method: str, network: tuple[IRModule, np.ndarray, np
     assert error(mod, replace_sites(mod, refit(mod, sites, plan, images, targets)), others) < 1e-6
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", ("channel", "channel_in", "dac", "spatial", "spatial_rows"))
 def test_comes_closer_than_independent_chains(method: str, network: tuple[IRModule, np.ndarray, np.ndarray]) -> None:
     mod, images, others = network
     sites = find_sites(mod)

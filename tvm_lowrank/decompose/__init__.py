@@ -22,7 +22,7 @@ from typing import Protocol
 
 import numpy as np
 
-from tvm_lowrank.decompose import channel, spatial
+from tvm_lowrank.decompose import channel, channel_in, dac, spatial, spatial_channel, svd
 from tvm_lowrank.decompose.chain import Chain, Conv, ConvSpec, Pair, Rank, chain_macs, compose
 from tvm_lowrank.decompose.moments import Moments, grouped
 from tvm_lowrank.decompose.refit import refit_last
@@ -102,6 +102,14 @@ def _not_depthwise(spec: ConvSpec) -> bool:
     return spec.groups == 1 or spec.groups < spec.in_channels
 
 
+def _larger(spec: ConvSpec) -> bool:
+    return _not_depthwise(spec) and max(spec.kernel) > 1
+
+
+def _both_axes(spec: ConvSpec) -> bool:
+    return _not_depthwise(spec) and min(spec.kernel) > 1
+
+
 def _grid(max_rank: Callable[[ConvSpec], int]) -> Callable[[ConvSpec, int], Sequence[Rank]]:
     """Multiples of the vector lanes: other ranks cost the time of the next multiple."""
     return lambda spec, lanes: range(lanes, max_rank(spec) + 1, lanes)
@@ -110,22 +118,37 @@ def _grid(max_rank: Callable[[ConvSpec], int]) -> Callable[[ConvSpec, int], Sequ
 METHODS = {
     method.name: method
     for method in (
+        Method("channel", _larger, channel.max_rank, _grid(channel.max_rank), channel.chain_specs, channel.factorise),
         Method(
-            "channel",
-            _not_depthwise,
-            channel.max_rank,
-            _grid(channel.max_rank),
-            channel.chain_specs,
-            channel.factorise,
+            "channel_in",
+            _larger,
+            channel_in.max_rank,
+            _grid(channel_in.max_rank),
+            channel_in.chain_specs,
+            channel_in.factorise,
         ),
         Method(
-            "spatial",
-            lambda spec: _not_depthwise(spec) and min(spec.kernel) > 1,
-            spatial.max_rank,
-            _grid(spatial.max_rank),
-            spatial.chain_specs,
-            spatial.factorise,
+            "spatial", _both_axes, spatial.max_rank, _grid(spatial.max_rank), spatial.chain_specs, spatial.factorise
         ),
+        Method(
+            "spatial_rows",
+            _both_axes,
+            spatial.max_rank_rows,
+            _grid(spatial.max_rank_rows),
+            spatial.chain_specs_rows,
+            spatial.factorise_rows,
+        ),
+        Method(
+            "spatial_channel",
+            _both_axes,
+            spatial_channel.max_rank,
+            spatial_channel.ranks,
+            spatial_channel.chain_specs,
+            spatial_channel.factorise,
+        ),
+        Method("dac", _larger, dac.max_rank, dac.ranks, dac.chain_specs, dac.factorise),
+        Method("dac_out", _larger, dac.max_rank_out, dac.ranks_out, dac.chain_specs_out, dac.factorise_out),
+        Method("svd", svd.applies, svd.max_rank, _grid(svd.max_rank), svd.chain_specs, svd.factorise),
     )
 }
 

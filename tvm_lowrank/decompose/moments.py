@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import linalg
 
 from tvm_lowrank.decompose.chain import ConvSpec
+
+RIDGE = 1e-7  # relative to the mean eigenvalue
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,3 +41,24 @@ def output_power(matrices: np.ndarray, moments: Moments | None) -> float:
     if moments is None:
         return float(np.sum(matrices**2))
     return float(np.einsum("gnd,gde,gne->", matrices, moments.covariance, matrices, optimize=True))
+
+
+def positive(gram: np.ndarray) -> np.ndarray:
+    """A symmetric positive semi-definite matrix with the least ridge, in steps of 10, that makes it invertible.
+
+    Covariances of few images or dead channels are singular, and rounding leaves some eigenvalues below zero.
+    """
+    gram = (gram + gram.T) / 2
+    diagonal = np.diag_indices_from(gram)
+    unit = np.trace(gram) / len(gram) + np.finfo(float).tiny
+    ridge = RIDGE
+    while True:
+        lifted = gram.copy()
+        lifted[diagonal] += ridge * unit
+        try:
+            linalg.cholesky(lifted, lower=True, check_finite=False)
+            return lifted
+        except linalg.LinAlgError:
+            if ridge > 1:
+                raise
+            ridge *= 10

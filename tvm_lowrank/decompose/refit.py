@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from scipy import linalg
 
 from tvm_lowrank.decompose.chain import ConvSpec, compose
-from tvm_lowrank.decompose.moments import Moments, grouped
-
-RIDGE = 1e-7  # relative to the mean eigenvalue; keeps dependent features solvable
+from tvm_lowrank.decompose.moments import Moments, grouped, positive
 
 
 def refit_last(
@@ -42,9 +41,8 @@ def refit_last(
         matrix = inner.reshape(-1, rows.shape[2])
         outputs = _rows_of(rows, group, last.groups)
         spread = matrix @ moments.covariance[site]
-        gram = spread @ matrix.T
-        gram[np.diag_indices_from(gram)] += RIDGE * np.trace(gram) / len(gram) + np.finfo(float).tiny
-        solved.append(np.linalg.solve(gram, spread @ outputs.T).T)
+        gram = positive(spread @ matrix.T)
+        solved.append(linalg.solve(gram, spread @ outputs.T, assume_a="pos").T)
     return (*weights[:-1], np.concatenate(solved).reshape(last.weight_shape))
 
 
