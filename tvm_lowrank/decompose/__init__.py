@@ -22,7 +22,7 @@ from typing import Protocol
 
 import numpy as np
 
-from tvm_lowrank.decompose import channel, channel_in, dac, spatial, spatial_channel, svd
+from tvm_lowrank.decompose import btd, channel, channel_in, dac, spatial, spatial_channel, svd, tucker2
 from tvm_lowrank.decompose.chain import Chain, Conv, ConvSpec, Pair, Rank, chain_macs, compose
 from tvm_lowrank.decompose.moments import Moments, grouped
 from tvm_lowrank.decompose.refit import refit_last
@@ -146,6 +146,8 @@ METHODS = {
             spatial_channel.chain_specs,
             spatial_channel.factorise,
         ),
+        Method("tucker2", _larger, tucker2.max_rank, tucker2.ranks, tucker2.chain_specs, tucker2.factorise),
+        Method("btd", _larger, btd.max_rank, btd.ranks, btd.chain_specs, btd.factorise),
         Method("dac", _larger, dac.max_rank, dac.ranks, dac.chain_specs, dac.factorise),
         Method("dac_out", _larger, dac.max_rank_out, dac.ranks_out, dac.chain_specs_out, dac.factorise_out),
         Method("svd", svd.applies, svd.max_rank, _grid(svd.max_rank), svd.chain_specs, svd.factorise),

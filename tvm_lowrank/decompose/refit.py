@@ -42,7 +42,7 @@ def refit_last(
         outputs = _rows_of(rows, group, last.groups)
         spread = matrix @ moments.covariance[site]
         gram = positive(spread @ matrix.T)
-        solved.append(linalg.solve(gram, spread @ outputs.T, assume_a="pos").T)
+        solved.append(linalg.cho_solve((linalg.cholesky(gram, lower=True), True), spread @ outputs.T).T)
     return (*weights[:-1], np.concatenate(solved).reshape(last.weight_shape))
 
 
