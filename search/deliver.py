@@ -55,7 +55,7 @@ def deliver(search: Search, kept: Sequence[Evaluated], oracle: LatencyOracle, de
 def _libraries(search: Search, kept: Sequence[Evaluated], oracle: LatencyOracle, delivery: Delivery) -> dict[str, Any]:
     """Build and judge plans until one passes; the manifest without what `write_manifest` adds."""
     out, budget = delivery.out, search.settings.budget
-    dense = _library(search.mod, oracle, delivery, "dense.so")
+    dense = build_library(search.mod, oracle, out / "dense.so", delivery.input_shape)
     images, labels = search.splits.evaluation
     dense_scores = evaluate(dense, images, labels, search.metric, description="accuracy, dense library")
 
@@ -64,7 +64,7 @@ def _libraries(search: Search, kept: Sequence[Evaluated], oracle: LatencyOracle,
     while candidate is not None:
         console.phase(f"building the plan with {candidate.drop:+.2f} points of drop on the selection split")
         changed = replace_sites(search.mod, search.chains(candidate.plan))
-        library = _library(changed, oracle, delivery, "model.so")
+        library = build_library(changed, oracle, out / "model.so", delivery.input_shape)
         scores = evaluate(library, images, labels, search.metric, description="accuracy, compressed library")
         drop, _ = paired_drop(dense_scores, scores)
         search.journal.once("look", candidate.plan.to_json(), partial(float, drop))
@@ -108,11 +108,12 @@ def _libraries(search: Search, kept: Sequence[Evaluated], oracle: LatencyOracle,
     }
 
 
-def _library(mod: IRModule, oracle: LatencyOracle, delivery: Delivery, name: str) -> CompiledModel:
+def build_library(mod: IRModule, oracle: LatencyOracle, path: Path, shape: tuple[int, ...]) -> CompiledModel:
+    """Compile a canonical module for inputs of one shape (N, C, H, W), with the schedules that the oracle knows."""
     target = oracle.profile.tvm_target(oracle.threads)
-    lowered = lower(mod, batch=delivery.input_shape[0], target=target)
-    export_library(build(lowered, oracle.database, target, threads=oracle.threads), delivery.out / name)
-    return CompiledModel(delivery.out / name, delivery.input_shape)
+    lowered = lower(mod, batch=shape[0], target=target)
+    export_library(build(lowered, oracle.database, target, threads=oracle.threads), path)
+    return CompiledModel(path, (shape[0], shape[1], shape[2], shape[3]))
 
 
 def end_to_end(

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from torch import Tensor
 from tvm.ir import IRModule
 
 from tvm_lowrank import console
@@ -32,7 +31,7 @@ from tvm_lowrank.search.allocate import Option, allocate
 from tvm_lowrank.search.candidates import candidates
 from tvm_lowrank.search.damage import DamageCurve, divergence, probe_ranks
 from tvm_lowrank.search.journal import Journal
-from tvm_lowrank.search.refit import dense_outputs, refit
+from tvm_lowrank.search.refit import Target, dense_outputs, refit
 from tvm_lowrank.search.times import SiteTimes
 from tvm_lowrank.transform import replace_sites
 
@@ -122,8 +121,8 @@ class Search:
         }
 
     @cached_property
-    def targets(self) -> dict[str, Tensor]:
-        """The dense network's outputs at every site with candidates, for the refit."""
+    def targets(self) -> dict[str, Target]:
+        """What the dense network computes at every site with candidates, for the refit."""
         wanted = [site for site in self.sites if self.candidates[site.id]]
         return dense_outputs(self._bridge, wanted, self.splits.calibration, seed=self.settings.seed)
 

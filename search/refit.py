@@ -3,24 +3,31 @@
 The sites are visited in network order. With x the site's input columns in the network compressed so far and y the
 dense network's outputs, the best unrestricted kernel is the regression B = Cov(y, x) Cov(x)^-1, and the best chain is
 the decomposition of B in the norm of Cov(x): E|y - Mx|^2 = const + |(B - M) Cov(x)^(1/2)|^2. For `channel` this is the
-closed form of Zhang et al. 2015, section 3.2; it holds for every method that minimises the error in that norm. No
-labels are used.
+closed form of Zhang et al. 2015, section 3.2; it holds for every method that minimises the error in that norm. Then
+the chain is refit to what the network sees of it, through a residual addition, the activation and a max-pool (see
+`tvm_lowrank.search.nonlinear`). No labels are used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
+from scipy import linalg
 from torch import Tensor
+from tvm import relax
 from tvm.ir import IRModule
 
 from tvm_lowrank.bridge import TorchBridge
-from tvm_lowrank.calibrate import sample_columns, sample_positions
-from tvm_lowrank.decompose import Chain, Moments, Rank, compose, decompose, grouped
+from tvm_lowrank.calibrate import sample_columns, sample_positions, sample_values
+from tvm_lowrank.decompose import Chain, Moments, compose, decompose, grouped
+from tvm_lowrank.epilogue import Epilogue, epilogue, rivals
 from tvm_lowrank.graph import Site
 from tvm_lowrank.plan import Choice
+from tvm_lowrank.search.nonlinear import Response, joined, refit_through
 from tvm_lowrank.transform import replace_sites
 
 RIDGE = 1e-2  # pulls B towards the dense kernel where the calibration images say little
@@ -30,46 +37,95 @@ class _Reached(Exception):
     """Ends a forward pass at the site of interest."""
 
 
+@dataclass(frozen=True, eq=False)
+class Target:
+    """What the dense network computes at a site's sampled positions.
+
+    ``outputs`` (g, samples, N/g) is before the bias; ``addend`` (samples, N) is the other operand of the residual
+    addition, and ``floor`` (samples, N) the largest rival in the window of the max-pool, where there are such.
+    """
+
+    outputs: Tensor
+    addend: Tensor | None = None
+    floor: Tensor | None = None
+
+
 @torch.no_grad()
 def dense_outputs(
     bridge: TorchBridge, sites: Sequence[Site], images: np.ndarray, *, batch: int = 100, seed: int = 0
-) -> dict[str, Tensor]:
-    """The outputs (g, samples, N/g) of each site at its sampled positions, before the bias."""
+) -> dict[str, Target]:
+    """The target of each site of a dense network over the images (float32 NCHW)."""
     wanted = {site.id: site for site in sites}
-    parts: dict[str, list[Tensor]] = {name: [] for name in wanted}
+    parts: dict[tuple[str, str], list[Tensor]] = {}
     start = 0
+
+    def record(name: str, what: str, values: Tensor) -> None:
+        rows, cols = sample_positions(name, start, len(values), (values.shape[2], values.shape[3]), seed)
+        parts.setdefault((name, what), []).append(sample_values(values, rows, cols))
 
     def tap(name: str, inputs: Tensor, outputs: Tensor) -> None:
         if name in wanted:
-            n, _, height, width = outputs.shape
-            rows, cols = sample_positions(name, start, n, (height, width), seed)
-            picked = outputs.permute(0, 2, 3, 1)[torch.arange(n).view(-1, 1), rows, cols].flatten(0, 1)
-            parts[name].append(picked.reshape(len(picked), wanted[name].spec.groups, -1).transpose(0, 1))
+            record(name, "outputs", outputs)
 
+    def record_rivals(name: str, window: tuple[int, int], values: Tensor) -> None:
+        record(name, "floor", rivals(values, window))
+
+    watch: list[tuple[relax.Var, Callable[[Tensor], None]]] = []
+    for name in wanted:
+        after = epilogue(bridge.function, name)
+        if after.residual is not None:
+            watch.append((after.residual, partial(record, name, "addend")))
+        if after.window is not None:
+            watch.append((after.result, partial(record_rivals, name, after.window)))
     for start in range(0, len(images), batch):
-        bridge(torch.from_numpy(images[start : start + batch]), tap=tap)
-    return {name: torch.cat(chunks, dim=1) for name, chunks in parts.items()}
+        bridge(torch.from_numpy(images[start : start + batch]), tap=tap, watch=watch)
+    whole = {key: torch.cat(chunks) for key, chunks in parts.items()}
+    return {
+        name: Target(
+            _split(whole[name, "outputs"], site.spec.groups), whole.get((name, "addend")), whole.get((name, "floor"))
+        )
+        for name, site in wanted.items()
+    }
 
 
 @torch.no_grad()
-def site_columns(mod: IRModule, site: Site, images: np.ndarray, *, batch: int = 100, seed: int = 0) -> Tensor:
-    """The columns (g, samples, D) that a still dense site of a module multiplies at its sampled positions."""
-    parts: list[Tensor] = []
-    start = 0
+def site_columns(
+    bridge: TorchBridge,
+    site: Site,
+    images: np.ndarray,
+    *,
+    residual: relax.Var | None = None,
+    batch: int = 100,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor | None]:
+    """What a still dense site multiplies at its sampled positions, and what is added to its output there.
+
+    Returns the columns (g, samples, D) and the values (samples, N) of the variable `residual`, if one is named.
+    """
+    columns: list[Tensor] = []
+    addends: list[Tensor] = []
+    start, size = 0, site.spec.output_size(site.size)
+
+    def stop() -> None:
+        if residual is None or len(columns) == len(addends):
+            raise _Reached
 
     def tap(name: str, inputs: Tensor, outputs: Tensor) -> None:
         if name == site.id:
-            rows, cols = sample_positions(name, start, len(inputs), (outputs.shape[2], outputs.shape[3]), seed)
-            parts.append(sample_columns(inputs, site.spec, rows, cols))
-            raise _Reached
+            columns.append(sample_columns(inputs, site.spec, *sample_positions(name, start, len(inputs), size, seed)))
+            stop()
 
-    bridge = TorchBridge(mod)
+    def record(values: Tensor) -> None:
+        addends.append(sample_values(values, *sample_positions(site.id, start, len(values), size, seed)))
+        stop()
+
+    watch = [] if residual is None else [(residual, record)]
     for start in range(0, len(images), batch):
         try:
-            bridge(torch.from_numpy(images[start : start + batch]), tap=tap)
+            bridge(torch.from_numpy(images[start : start + batch]), tap=tap, watch=watch)
         except _Reached:
             continue
-    return torch.cat(parts, dim=1)
+    return torch.cat(columns, dim=1), torch.cat(addends) if addends else None
 
 
 def refit(
@@ -77,8 +133,9 @@ def refit(
     sites: Sequence[Site],
     plan: Mapping[str, Choice],
     images: np.ndarray,
-    targets: Mapping[str, Tensor],
+    targets: Mapping[str, Target],
     *,
+    nonlinear: bool = True,
     seed: int = 0,
     advance: Callable[[], object] = lambda: None,
 ) -> dict[str, Chain]:
@@ -89,35 +146,75 @@ def refit(
     mod : the dense canonical module.
     images : calibration images, float32 NCHW.
     targets : what `dense_outputs` returned for the same images and seed.
+    nonlinear : minimise the error after residual addition, activation and max-pool, not that of the output itself.
     advance : called after each site.
     """
     chains: dict[str, Chain] = {}
     for site in sites:
         choice = plan.get(site.id, Choice())
         if choice.rank is not None:
-            columns = site_columns(replace_sites(mod, chains), site, images, seed=seed)
-            chains[site.id] = _fit(site, choice.method, choice.rank, columns, targets[site.id])
+            bridge = TorchBridge(replace_sites(mod, chains))
+            after, target = epilogue(bridge.function, site.id), targets[site.id]
+            residual = after.residual if nonlinear else None
+            columns, addend = site_columns(bridge, site, images, residual=residual, seed=seed)
+            regression = _Regression(site, choice, columns)
+            if nonlinear:
+                chains[site.id] = _through(regression, after, target, addend)
+            else:
+                chains[site.id] = regression(target.outputs)
         advance()
     return chains
 
 
-def _fit(site: Site, method: str, rank: Rank, columns: Tensor, target: Tensor) -> Chain:
-    moments = moments_of(columns)
-    mean_target = target.double().mean(dim=1).numpy()
-    centred = (target - torch.from_numpy(mean_target[:, None].astype("float32"))).transpose(1, 2)
-    cross = (centred @ columns).double().numpy() / columns.shape[1]  # (g, N/g, D)
-    weight = grouped(site.weight, site.spec)
-    # each direction of the input is regressed as far as its variance carries it
-    lifted = moments.covariance.copy()
-    diagonal = np.arange(lifted.shape[1])
-    lifted[:, diagonal, diagonal] += RIDGE * np.trace(lifted, axis1=1, axis2=2)[:, None] / lifted.shape[1]
-    missing = cross - weight @ moments.covariance
-    regressed = weight + np.linalg.solve(lifted, missing.transpose(0, 2, 1)).transpose(0, 2, 1)
-    kernel = regressed.reshape(site.spec.weight_shape)
-    chain = decompose(kernel, site.spec, method=method, rank=rank, moments=moments)
-    composed = grouped(compose(chain.specs, [conv.weight for conv in chain.convs], site.spec.groups), site.spec)
-    bias = mean_target - np.einsum("gnd,gd->gn", composed, moments.mean)
-    return Chain(chain.convs, bias.reshape(-1).astype(np.float32))
+def _through(regression: _Regression, after: Epilogue, target: Target, addend: Tensor | None) -> Chain:
+    """The chain fitted to what follows its site; `addend` is the residual operand in the compressed network."""
+    site = regression.site
+    bias = torch.zeros(site.spec.out_channels) if site.bias is None else torch.from_numpy(site.bias.copy())
+    wanted, rest = joined(target.outputs) + bias, bias
+    if target.addend is not None and addend is not None:
+        # the site can make up for what the other branch lost
+        wanted, rest = wanted + target.addend, bias + addend
+
+    def fit(values: Tensor) -> Chain:
+        return regression(_split(values - rest, site.spec.groups))
+
+    chain = fit(wanted)
+    respond = Response(after.activation, target.floor)
+    return chain if respond.linear else refit_through(chain, fit, regression.columns, wanted, rest, respond)
+
+
+class _Regression:
+    """Least squares of any outputs on the columns of a site, by the chains of one choice."""
+
+    def __init__(self, site: Site, choice: Choice, columns: Tensor) -> None:
+        self.site, self.choice, self.columns = site, choice, columns
+        self.moments = moments_of(columns)
+        # each direction of the input is regressed as far as its variance carries it
+        lifted = self.moments.covariance.copy()
+        diagonal = np.arange(lifted.shape[1])
+        lifted[:, diagonal, diagonal] += RIDGE * np.trace(lifted, axis1=1, axis2=2)[:, None] / lifted.shape[1] + 1e-30
+        self._factors = [linalg.cho_factor(matrix, lower=True) for matrix in lifted]
+
+    def __call__(self, outputs: Tensor) -> Chain:
+        """The chain for outputs (g, samples, N/g)."""
+        spec, columns = self.site.spec, self.columns
+        mean = outputs.double().mean(dim=1).numpy()
+        centred = (outputs - torch.from_numpy(mean[:, None].astype("float32"))).transpose(1, 2)
+        cross = (centred @ columns).double().numpy() / columns.shape[1]  # (g, N/g, D)
+        weight = grouped(self.site.weight, spec)
+        missing = cross - weight @ self.moments.covariance
+        regressed = weight + np.stack([linalg.cho_solve(f, m.T).T for f, m in zip(self._factors, missing, strict=True)])
+        kernel, recipe = regressed.reshape(spec.weight_shape), self.choice
+        assert recipe.rank is not None
+        chain = decompose(kernel, spec, method=recipe.method, rank=recipe.rank, moments=self.moments)
+        composed = grouped(compose(chain.specs, [conv.weight for conv in chain.convs], spec.groups), spec)
+        bias = mean - np.einsum("gnd,gd->gn", composed, self.moments.mean)
+        return Chain(chain.convs, bias.reshape(-1).astype(np.float32))
+
+
+def _split(values: Tensor, groups: int) -> Tensor:
+    """(samples, N) as (groups, samples, N/groups)."""
+    return values.reshape(len(values), groups, -1).transpose(0, 1)
 
 
 def moments_of(columns: Tensor) -> Moments:

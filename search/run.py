@@ -31,6 +31,8 @@ from tvm_lowrank.search.times import SiteTimes
 from tvm_lowrank.targets.profile import load_profile
 
 JOURNAL = "journal.jsonl"
+# closed forms whose chains run at full speed; each method more costs probes and tuning
+DEFAULT_METHODS = ("channel", "channel_in", "spatial", "spatial_rows")
 FINAL_SHARE = 0.15  # of a time limit, kept for building, evaluating and measuring the result
 
 
@@ -51,7 +53,7 @@ class Request:
     std: Sequence[float] | None = None
     metric: str = "top1"
     target: str = "x86"
-    methods: Sequence[str] = tuple(METHODS)
+    methods: Sequence[str] = DEFAULT_METHODS
     trials: int = 12
     threads: int = 1
     batch: int = 1
@@ -117,25 +119,33 @@ def search(request: Request) -> dict[str, Any]:
 
 
 def load_inputs(request: Request) -> tuple[IRModule, Splits]:
-    """The canonical module and the checked data of a request."""
-    if request.model is None:
-        console.phase("no --model: using the bundled example, a VGG-style CIFAR-10 network")
-        if request.data is not None:
-            raise UserError("--data without --model; name the model that the data belongs to")
-        mod = import_model(example.model(), input_shape=example.INPUT_SHAPE)
-    else:
-        if request.data is None:
-            raise UserError("--model without --data; give file.py:factory, a .npz or a folder (see --help)")
-        mod = import_model(request.model, input_shape=request.input_shape)
+    """The canonical module and the checked data of a search."""
+    if request.model is None and request.data is not None:
+        raise UserError("--data without --model; name the model that the data belongs to")
+    if request.model is not None and request.data is None:
+        raise UserError("--model without --data; give file.py:factory, a .npz or a folder (see --help)")
+    mod = load_model(request)
+    return mod, load_data_of(request, mod)
+
+
+def load_model(request: Request) -> IRModule:
+    """The canonical module of a request's model."""
+    if request.model is not None:
+        return import_model(request.model, input_shape=request.input_shape)
+    console.phase("no --model: using the bundled example, a VGG-style CIFAR-10 network")
+    return import_model(example.model(), input_shape=example.INPUT_SHAPE)
+
+
+def load_data_of(request: Request, mod: IRModule) -> Splits:
+    """The data of a request, checked against its model's input and output shapes."""
     function = mod["main"]
     channels, height, width = (int(d) for d in list(function.params[0].ty.shape)[1:])
     classes = int(function.ret_ty.shape[-1]) if len(function.ret_ty.shape) == 2 else None
     if request.data is None:
         console.phase("no --data: using the bundled CIFAR-10 images")
-    splits = load_data(
+    return load_data(
         request.data, input_shape=(channels, height, width), mean=request.mean, std=request.std, classes=classes
     )
-    return mod, splits
 
 
 def _check_options(request: Request) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from tvm_lowrank.torch_nn import OPERATORS
 from tvm_lowrank.torch_ops import Compute
 
 Tap = Callable[[str, Tensor, Tensor], None]
+Watch = Sequence[tuple[relax.Var, Callable[[Tensor], None]]]
 Dims = dict[str, int]
 Evaluate = Callable[[list[Any], dict[str, Tensor], Dims], Any]
 
@@ -89,6 +90,11 @@ class TorchBridge(nn.Module):
         self._sites = self._site_names(function)
 
     @property
+    def function(self) -> relax.Function:
+        """The Relax function that the bridge was made from."""
+        return self._mod[self._name]
+
+    @property
     def sites(self) -> tuple[str, ...]:
         """The ids of the sites, in the order of execution."""
         return tuple(self._sites)
@@ -105,21 +111,29 @@ class TorchBridge(nn.Module):
         parameters = self._parameters
         return SiteParameters(parameters[weight], None if bias is None else parameters[bias])  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor, tap: Tap | None = None) -> Tensor:
+    def forward(self, x: Tensor, tap: Tap | None = None, watch: Watch = ()) -> Tensor:
         """Run the function on a batch (NCHW, float32).
 
         ``tap(site, input, output)`` is called at every site; ``output`` is the convolution's, before its bias.
+        ``watch`` lists variables of `function`, each with what to call as soon as it has its value.
         """
         dims = self._dims(x)
+        watched: dict[int, list[Callable[[Tensor], None]]] = {}
+        for var, call in watch:
+            watched.setdefault(self._slots[var], []).append(call)
         constants: dict[str, Any] = {**self._parameters, **self._buffers}
         env: list[Any] = [None] * len(self._slots)
         env[0] = x
+        for call in watched.get(0, ()):
+            call(x)
         with torch.device(x.device) if self._creates else contextlib.nullcontext():
             for step in self._steps:
                 args = [evaluate(env, constants, dims) for evaluate in step.args]
                 value = args[0] if step.compute is None else step.compute(*args)
                 if tap is not None and step.site is not None:
                     tap(step.site, args[0], value)
+                for call in watched.get(step.out, ()):
+                    call(value)
                 env[step.out] = value
                 for slot in step.free:
                     env[slot] = None

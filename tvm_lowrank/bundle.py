@@ -1,7 +1,8 @@
 """The bundle: the directory that is shipped, written piece by piece, read and run again.
 
 ``model.so`` (compressed) and ``dense.so`` have one function ``main(x)`` for a fixed batch; ``plan.json`` says what
-became of every site; ``manifest.json`` (schema 1, written last) describes the rest:
+became of every site; ``manifest.json`` (schema 1, written last) describes the
+rest (``accuracy`` and ``data`` are null if there was no data):
 
     schema, versions, model, target, budget (points), input_shape ([N, C, H, W] of the libraries),
     data: {source, mean, std, evaluation_sha256},
@@ -313,6 +314,8 @@ def _missing_key(manifest: Mapping[str, Any]) -> str | None:
     for key, inner in REQUIRED.items():
         if key not in manifest:
             return repr(key)
+        if manifest[key] is None and key in ("accuracy", "data"):
+            continue  # made without data
         for name in inner:
             if not isinstance(manifest[key], Mapping) or name not in manifest[key]:
                 return f"{name!r} in {key!r}"

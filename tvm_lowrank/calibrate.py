@@ -47,6 +47,11 @@ def sample_columns(x: Tensor, spec: ConvSpec, rows: Tensor, cols: Tensor) -> Ten
     return grouped.reshape(spec.groups, n * k, -1)
 
 
+def sample_values(values: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    """The values of (n, C, H, W) at the (n, k) positions of each image: (n*k, C)."""
+    return values.permute(0, 2, 3, 1)[torch.arange(len(values)).view(-1, 1), rows, cols].flatten(0, 1)
+
+
 @torch.no_grad()
 def collect_moments(
     bridge: TorchBridge,

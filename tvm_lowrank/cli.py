@@ -49,7 +49,9 @@ def search(
     mean: Mean = None,
     std: Std = None,
     metric: Annotated[str, typer.Option(help="top1, top5 or file.py:function.")] = "top1",
-    methods: Annotated[str | None, typer.Option(help="Methods to choose from, e.g. spatial,channel.")] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Methods to choose from, e.g. spatial,btd (see docs/methods.md).")
+    ] = None,
     trials: Trials = 12,
     threads: Threads = 1,
     batch: Annotated[int, typer.Option(help="Images in one call of the library.")] = 1,
@@ -97,6 +99,54 @@ def search(
     manifest = run.search(request)
     print_manifest(manifest)
     print(f"bundle: {out}  (tvm_lowrank verify {out} repeats the accuracy, bench {out} the latency)")
+
+
+@app.command()
+def decompose(
+    plan: Annotated[Path, typer.Option(help="What becomes of each site: a plan.json (see plans/).")],
+    model: Annotated[str | None, typer.Argument(help="As --model of search; none is the bundled example.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the bundle.")] = Path("bundle"),
+    target: Target = "x86",
+    input_shape: InputShape = None,
+    data: Data = None,
+    mean: Mean = None,
+    std: Std = None,
+    metric: Annotated[str, typer.Option(help="top1, top5 or file.py:function.")] = "top1",
+    trials: Trials = 12,
+    threads: Threads = 1,
+    batch: Annotated[int, typer.Option(help="Images in one call of the library.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of everything drawn at random.")] = 0,
+    cache: Cache = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a bundle in --out.")] = False,
+) -> None:
+    """Apply an explicit plan to a model, build it, and measure it.
+
+    With --data the chains are fitted to the calibration images and the accuracy is measured; without, they are
+    computed from the weights alone, and only the latency is.
+    """
+    from tvm_lowrank.importer import parse_input_shape
+    from tvm_lowrank.search.apply import apply_plan
+    from tvm_lowrank.search.run import Request
+    from tvm_lowrank.verify import print_manifest
+
+    request = Request(
+        out=out,
+        model=model,
+        data=data,
+        input_shape=None if input_shape is None else parse_input_shape(input_shape),
+        mean=_numbers(mean, "--mean"),
+        std=_numbers(std, "--std"),
+        metric=metric,
+        target=target,
+        trials=trials,
+        threads=threads,
+        batch=batch,
+        seed=seed,
+        cache=cache,
+        force=force,
+    )
+    print_manifest(apply_plan(request, plan))
+    print(f"bundle: {out}")
 
 
 @app.command()

@@ -54,6 +54,8 @@ def verify(
     """
     manifest = read_manifest(directory)
     stated = manifest["accuracy"]
+    if stated is None:
+        raise UserError(f"{directory} was made without data, so it states no accuracy; decompose again with --data")
     repeat = data is None
     if data is None:
         data, mean, std = (manifest["data"][key] for key in ("source", "mean", "std"))
@@ -76,8 +78,9 @@ def verify(
         ok, verdict = False, f"the images or labels of {splits.name} have CHANGED since the search"
     else:
         budget = manifest["budget"]
-        ok = drop <= budget
-        verdict = f"on these other images the drop is {'' if ok else 'NOT '}within the budget of {budget:g} points"
+        ok = budget is None or drop <= budget
+        within = "not bounded by a budget" if budget is None else f"{'' if ok else 'NOT '}within {budget:g} points"
+        verdict = f"on these other images the drop is {within}"
     return Verification(**measured, ci95=ci95, n=len(images), stated=stated, ok=ok, verdict=verdict)
 
 
@@ -121,6 +124,9 @@ def print_manifest(manifest: Mapping[str, Any]) -> None:
     if "seconds" in manifest:
         table("time spent", ("phase", "s"), [(name, f"{value:.0f}") for name, value in manifest["seconds"].items()])
     a = manifest["accuracy"]
+    if a is None:
+        print("accuracy was not measured: no data")
+        return
     table(
         f"accuracy ({a['metric']}, %), evaluation split, looked at {a['looks']} time{'s' if a['looks'] != 1 else ''}",
         ("images", "dense", "compressed", "drop", "95% interval"),

@@ -22,7 +22,7 @@ from typing import Protocol
 
 import numpy as np
 
-from tvm_lowrank.decompose import btd, channel, channel_in, dac, spatial, spatial_channel, svd, tucker2
+from tvm_lowrank.decompose import btd, channel, channel_in, cp, dac, spatial, spatial_channel, svd, tucker2
 from tvm_lowrank.decompose.chain import Chain, Conv, ConvSpec, Pair, Rank, chain_macs, compose
 from tvm_lowrank.decompose.moments import Moments, grouped
 from tvm_lowrank.decompose.refit import refit_last
@@ -148,6 +148,8 @@ METHODS = {
         ),
         Method("tucker2", _larger, tucker2.max_rank, tucker2.ranks, tucker2.chain_specs, tucker2.factorise),
         Method("btd", _larger, btd.max_rank, btd.ranks, btd.chain_specs, btd.factorise),
+        Method("cp4", cp.CP4.applies, cp.CP4.max_rank, cp.CP4.ranks, cp.CP4.chain_specs, cp.CP4.factorise),
+        Method("cp3", cp.CP3.applies, cp.CP3.max_rank, cp.CP3.ranks, cp.CP3.chain_specs, cp.CP3.factorise),
         Method("dac", _larger, dac.max_rank, dac.ranks, dac.chain_specs, dac.factorise),
         Method("dac_out", _larger, dac.max_rank_out, dac.ranks_out, dac.chain_specs_out, dac.factorise_out),
         Method("svd", svd.applies, svd.max_rank, _grid(svd.max_rank), svd.chain_specs, svd.factorise),
