@@ -23,10 +23,9 @@ from tvm_lowrank.decompose.chain import ConvSpec, Rank, as_int, compose
 from tvm_lowrank.decompose.cp_als import Report, start
 from tvm_lowrank.decompose.cp_solver import grow, solve
 from tvm_lowrank.decompose.cp_terms import balanced, exact, norms, split
-from tvm_lowrank.decompose.moments import Moments, grouped, output_power
+from tvm_lowrank.decompose.moments import Moments, grouped, output_power, square_roots
 from tvm_lowrank.decompose.refit import refit_last
 
-SHRINK = 1e-3  # relative to the mean eigenvalue; whitening by less would make the factors large where inputs are small
 FRESH = 16  # ranks below this part of the dense convolution's MACs are solved from scratch
 BUDGET = 1.5e12  # floating-point operations of the Gauss-Newton steps of one solve, about a minute on one core
 SINGLE = 100_000  # entries from which precision and starts are single: time matters more there
@@ -83,7 +82,7 @@ class Format:
         for group, matrix in enumerate(matrices):
             tensor = matrix.reshape(shape)
             roots = (
-                [] if moments is None else [_square_roots(part) for part in _margins(moments.covariance[group], shape)]
+                [] if moments is None else [square_roots(part) for part in _margins(moments.covariance[group], shape)]
             )
             for mode, (root, _) in enumerate(roots, 1):
                 tensor = np.moveaxis(np.tensordot(root, tensor, (1, mode)), 0, mode)
@@ -204,11 +203,3 @@ def _margins(covariance: np.ndarray, shape: tuple[int, ...]) -> list[np.ndarray]
         margin = np.einsum("aibajb->ij", covariance.reshape(before, size, after, before, size, after))
         parts.append(margin if mode == 0 else margin / max(np.trace(margin), np.finfo(float).tiny))
     return parts
-
-
-def _square_roots(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A symmetric positive matrix, shrunk towards its mean eigenvalue, to the powers 1/2 and -1/2."""
-    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
-    values = np.maximum(values, 0)
-    values += SHRINK * values.mean() + np.finfo(float).tiny
-    return (vectors * np.sqrt(values)) @ vectors.T, (vectors / np.sqrt(values)) @ vectors.T

@@ -10,6 +10,7 @@ from scipy import linalg
 from tvm_lowrank.decompose.chain import ConvSpec
 
 RIDGE = 1e-7  # relative to the mean eigenvalue
+SHRINKAGE = 1e-3  # likewise, for whitening that nothing repairs later: dead channels must not make factors blow up
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +42,14 @@ def output_power(matrices: np.ndarray, moments: Moments | None) -> float:
     if moments is None:
         return float(np.sum(matrices**2))
     return float(np.einsum("gnd,gde,gne->", matrices, moments.covariance, matrices, optimize=True))
+
+
+def square_roots(matrix: np.ndarray, shrinkage: float = SHRINKAGE) -> tuple[np.ndarray, np.ndarray]:
+    """A symmetric positive matrix, shrunk towards its mean eigenvalue, to the powers 1/2 and -1/2."""
+    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
+    values = np.maximum(values, 0)
+    values += shrinkage * (values.mean() or 1)  # without any variance all directions are the same
+    return (vectors * np.sqrt(values)) @ vectors.T, (vectors / np.sqrt(values)) @ vectors.T
 
 
 def positive(gram: np.ndarray) -> np.ndarray:

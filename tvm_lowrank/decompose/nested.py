@@ -30,10 +30,11 @@ import numpy as np
 from scipy import linalg
 
 from tvm_lowrank.decompose.chain import ConvSpec, Rank, as_int
-from tvm_lowrank.decompose.moments import RIDGE, Moments, grouped, output_power, positive
+from tvm_lowrank.decompose.moments import Moments, grouped, output_power, positive, square_roots
 
 TINY = float(np.finfo(float).tiny)
 CHUNK = 16  # blocks whose normal equations are made together
+LIGHTLY = 1e-5  # shrinkage of the whitening; the exact second factor repairs what it misjudges
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,9 +164,9 @@ def _filters(targets: np.ndarray, own: bool, window: np.ndarray | None = None) -
         return np.linalg.svd(targets.transpose(0, 2, 1, 3), full_matrices=False)[0].swapaxes(2, 3)
     if window is None:
         return np.linalg.svd(targets.reshape(blocks, 1, summed, -1), full_matrices=False)[0].swapaxes(2, 3)
-    root, inverse = square_roots(np.einsum("bacb->ac", window))
+    root, inverse = square_roots(np.einsum("bacb->ac", window), LIGHTLY)
     trace = max(float(np.einsum("baab->", window)), TINY)
-    kept, _ = square_roots(np.einsum("baac->bc", window) / trace)
+    kept, _ = square_roots(np.einsum("baac->bc", window) / trace, LIGHTLY)
     matrices = root @ (kept @ targets).reshape(blocks, summed, -1)
     first = (inverse @ np.linalg.svd(matrices, full_matrices=False)[0]).swapaxes(1, 2)
     return (first / np.maximum(np.linalg.norm(first, axis=2, keepdims=True), TINY))[:, None]
@@ -181,10 +182,3 @@ def _normal_equations(first: np.ndarray, targets: np.ndarray, window: np.ndarray
     half = half.transpose(1, 4, 3, 2, 0).reshape(blocks, kept, summed, rank * kept)
     gram = (first @ half).transpose(0, 2, 1, 3)
     return gram.reshape(blocks, rank * kept, -1), cross.transpose(0, 2, 1, 3).reshape(blocks, rank * kept, outputs)
-
-
-def square_roots(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A symmetric positive matrix to the powers 1/2 and -1/2, with its smallest eigenvalues lifted."""
-    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
-    values = np.sqrt(np.maximum(values, RIDGE * max(values[-1], TINY)))
-    return (vectors * values) @ vectors.T, (vectors / values) @ vectors.T

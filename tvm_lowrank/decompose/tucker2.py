@@ -18,14 +18,13 @@ import numpy as np
 from scipy import linalg
 
 from tvm_lowrank.decompose.chain import ConvSpec, Rank, chain_macs
-from tvm_lowrank.decompose.moments import Moments, grouped, output_power, positive
+from tvm_lowrank.decompose.moments import Moments, grouped, output_power, positive, square_roots
 
 CANDIDATES = 10  # ranks of the grid
 NOMINAL = (
     64,
     64,
 )  # the input on which a chain's MACs are compared with the dense ones; their ratio hardly depends on it
-SHRINKAGE = 1e-3  # of the mean eigenvalue, added to a covariance before its roots; dead channels must not blow up
 TINY = np.finfo(float).tiny
 
 
@@ -102,17 +101,9 @@ def whiten(tensor: np.ndarray, covariance: np.ndarray | None) -> Whitened:
     if covariance is None:
         return Whitened(tensor, np.eye(inner), np.eye(taps))
     window = covariance.reshape(inner, taps, inner, taps)
-    root, inverse = _square_roots(np.einsum("cpdp->cd", window))
-    tap_root, tap_inverse = _square_roots(np.einsum("cpcq->pq", window) / max(np.trace(covariance), TINY))
+    root, inverse = square_roots(np.einsum("cpdp->cd", window))
+    tap_root, tap_inverse = square_roots(np.einsum("cpcq->pq", window) / max(np.trace(covariance), TINY))
     return Whitened(np.einsum("ncp,cd,pq->ndq", tensor, root, tap_root, optimize=True), inverse, tap_inverse)
-
-
-def _square_roots(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A symmetric positive matrix to the powers 1/2 and -1/2, shrunk towards its mean eigenvalue."""
-    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
-    values = np.maximum(values, 0)
-    values += SHRINKAGE * (values.mean() or 1)  # without any variance all directions are the same
-    return (vectors * np.sqrt(values)) @ vectors.T, (vectors / np.sqrt(values)) @ vectors.T
 
 
 def leading(matrix: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
