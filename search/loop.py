@@ -276,6 +276,8 @@ class Search:
                 if result.plan:
                     kept.append(result)
                 below = limit
+                if result.ms <= 1.001 * self._fastest_ms:
+                    return
             else:
                 above = limit
             if above / max(below, 1e-12) < CLOSE or limit < LEAST_LIMIT or limit > MOST_LIMIT:
@@ -289,6 +291,11 @@ class Search:
     def _placed(self, limit: float) -> tuple[Plan, float, float, float]:
         plan, predicted, ms = self.plan_for(limit)
         return plan, limit, predicted, ms
+
+    @property
+    def _fastest_ms(self) -> float:
+        """Sum of the times of each site's fastest option, whatever its damage."""
+        return sum(min(option.ms for option in options) for options in self.options().values())
 
     @property
     def dense_ms(self) -> float:
