@@ -38,8 +38,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def request(folder: Path, **changes: object) -> Request:
-    options = {"model": "tvm_lowrank.example:model", "input_shape": (1, 3, 32, 32), "trials": 1}
-    return Request(out=folder / "out", cache=folder / "cache", **{**options, **changes})  # type: ignore[arg-type]
+    options = {"out": folder / "out", "model": "tvm_lowrank.example:model", "input_shape": (1, 3, 32, 32), "trials": 1}
+    return Request(cache=folder / "cache", **{**options, **changes})  # type: ignore[arg-type]
 
 
 def test_without_data_the_library_is_the_weights_only_network(folder: Path) -> None:
