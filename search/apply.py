@@ -15,10 +15,9 @@ from tvm_lowrank.data import Splits, fingerprint, overlaps
 from tvm_lowrank.decompose import METHODS, Chain, decompose
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.graph import Site, find_sites
-from tvm_lowrank.metric import accuracy, load_metric, paired_drop
+from tvm_lowrank.metric import load_metric
 from tvm_lowrank.plan import Choice, Plan
-from tvm_lowrank.search.candidates import site_macs
-from tvm_lowrank.search.deliver import build_library, end_to_end
+from tvm_lowrank.search.deliver import accuracy_entry, build_library, end_to_end, site_entry
 from tvm_lowrank.search.oracle import LatencyOracle
 from tvm_lowrank.search.refit import dense_outputs, refit
 from tvm_lowrank.search.run import Request, cache_folder, load_data_of, load_model
@@ -70,16 +69,7 @@ def apply_plan(request: Request, plan_path: Path) -> dict[str, Any]:
         images, labels = splits.evaluation
         before = evaluate(dense, images, labels, metric, description="accuracy, dense library")
         after = evaluate(compressed, images, labels, metric, description="accuracy, compressed library")
-        drop, interval = paired_drop(before, after)
-        measured = {
-            "metric": metric.name,
-            "n": len(labels),
-            "dense": accuracy(before),
-            "compressed": accuracy(after),
-            "drop": drop,
-            "ci95": list(interval),
-            "looks": 1,
-        }
+        measured = accuracy_entry(metric, before, after, looks=1)
     latency, speedup = end_to_end(out, threads=request.threads, shape=shape)
     return write_manifest(
         out,
@@ -92,7 +82,7 @@ def apply_plan(request: Request, plan_path: Path) -> dict[str, Any]:
             "accuracy": measured,
             "latency_ms": latency,
             "speedup": speedup,
-            "sites": [_entry(site, plan.get(site.id, Choice()), times) for site in sites],
+            "sites": [site_entry(s, plan.get(s.id, Choice()), times, reason="as the plan says") for s in sites],
             "seconds": seconds,
         },
     )
@@ -132,16 +122,3 @@ def _chains(mod: IRModule, sites: list[Site], plan: Plan, splits: Splits | None,
 def _data(request: Request, splits: Splits) -> dict[str, Any]:
     stats = {"mean": request.mean, "std": request.std}
     return {"source": splits.name, **stats, "evaluation_sha256": fingerprint(splits.evaluation)}
-
-
-def _entry(site: Site, choice: Choice, times: SiteTimes) -> dict[str, Any]:
-    return {
-        "id": site.id,
-        "method": choice.method,
-        "rank": choice.rank,
-        "ms": times.measured(site.id, choice),
-        "dense_ms": times.measured(site.id, Choice()),
-        "macs": site_macs(site, choice),
-        "dense_macs": site.macs,
-        "reason": "as the plan says",
-    }

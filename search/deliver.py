@@ -15,13 +15,15 @@ from tvm.ir import IRModule
 from tvm_lowrank import console
 from tvm_lowrank.bundle import CompiledModel, evaluate, export_library, read_manifest, write_manifest, write_text
 from tvm_lowrank.data import fingerprint
+from tvm_lowrank.graph import Site
 from tvm_lowrank.lower import build, lower
-from tvm_lowrank.metric import accuracy, paired_drop
+from tvm_lowrank.metric import Metric, accuracy, paired_drop
 from tvm_lowrank.plan import Choice, Plan
 from tvm_lowrank.search.bench import measure_interleaved
 from tvm_lowrank.search.candidates import site_macs, skipped
 from tvm_lowrank.search.loop import BACK_OFF, Evaluated, Search
 from tvm_lowrank.search.oracle import LatencyOracle
+from tvm_lowrank.search.times import SiteTimes
 from tvm_lowrank.transform import replace_sites
 
 ROUNDS = 30
@@ -86,25 +88,20 @@ def _libraries(search: Search, kept: Sequence[Evaluated], oracle: LatencyOracle,
     if not chosen:
         scores = dense_scores
     write_text(out / "plan.json", chosen.to_json())
-    drop, interval = paired_drop(dense_scores, scores)
     return {
         "model": delivery.model,
         "target": dict(delivery.target),
         "budget": budget,
         "input_shape": list(delivery.input_shape),
         "data": {**delivery.data, "evaluation_sha256": fingerprint(search.splits.evaluation)},
-        "accuracy": {
-            "metric": search.metric.name,
-            "n": len(labels),
-            "dense": accuracy(dense_scores),
-            "compressed": accuracy(scores),
-            "drop": drop,
-            "ci95": list(interval),
-            "looks": len(search.journal.of_kind("look")),
-        },
+        "accuracy": accuracy_entry(search.metric, dense_scores, scores, looks=len(search.journal.of_kind("look"))),
         "latency_ms": latency,
         "speedup": speedup,
-        "sites": [_site_entry(search, site.id, chosen.get(site.id, Choice())) for site in search.sites],
+        "sites": [
+            site_entry(site, choice, search.times, reason=_reason(search, site, choice))
+            for site in search.sites
+            for choice in [chosen.get(site.id, Choice())]
+        ],
     }
 
 
@@ -141,24 +138,37 @@ def _summary(ms: Sequence[float]) -> dict[str, float]:
     return {"median": float(median), "p10": float(p10), "p90": float(p90)}
 
 
-def _site_entry(search: Search, name: str, choice: Choice) -> dict[str, Any]:
-    site = next(site for site in search.sites if site.id == name)
+def accuracy_entry(metric: Metric, dense: np.ndarray, compressed: np.ndarray, *, looks: int) -> dict[str, Any]:
+    """The manifest's ``accuracy``, from the scores (n,) of both libraries."""
+    drop, interval = paired_drop(dense, compressed)
     return {
-        "id": name,
-        "method": choice.method,
-        "rank": choice.rank,
-        "ms": search.times.measured(name, choice),
-        "dense_ms": search.times.measured(name, Choice()),
-        "macs": site_macs(site, choice),
-        "dense_macs": site.macs,
-        "reason": _reason(search, name, choice),
+        "metric": metric.name,
+        "n": len(dense),
+        "dense": accuracy(dense),
+        "compressed": accuracy(compressed),
+        "drop": drop,
+        "ci95": list(interval),
+        "looks": looks,
     }
 
 
-def _reason(search: Search, name: str, choice: Choice) -> str:
+def site_entry(site: Site, choice: Choice, times: SiteTimes, *, reason: str) -> dict[str, Any]:
+    """One of the manifest's ``sites``."""
+    return {
+        "id": site.id,
+        "method": choice.method,
+        "rank": choice.rank,
+        "ms": times.measured(site.id, choice),
+        "dense_ms": times.measured(site.id, Choice()),
+        "macs": site_macs(site, choice),
+        "dense_macs": site.macs,
+        "reason": reason,
+    }
+
+
+def _reason(search: Search, site: Site, choice: Choice) -> str:
     """Why a site became what it is, in one sentence."""
-    site = next(site for site in search.sites if site.id == name)
-    damages = search.damage.get(name)
+    name, damages = site.id, search.damage.get(site.id)
     if damages is None:
         return "left dense: the time limit came before it was examined"
     if not damages:
