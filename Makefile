@@ -1,14 +1,20 @@
 # make demo: compress the bundled example network for this machine (20 minutes on two cores, installation included)
-# make test: all checks, as in continuous integration
+# make demo-arm: the same search for two emulated 64-bit ARM boards (needs g++-aarch64-linux-gnu and qemu-user-static)
+# make test: all checks, as in continuous integration; without these packages, clang and lld some are skipped
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find tvm_lowrank search targets -type f ! -name '*.pyc')
 
-.PHONY: demo test
+.PHONY: demo demo-arm test
 
 demo: $(VENV)/.installed
 	$(BIN)/tvm_lowrank search --target x86 --budget 1% --out demo --resume
+
+demo-arm: $(VENV)/.installed
+	$(BIN)/tvm_lowrank doctor --target arm --emulate
+	$(BIN)/tvm_lowrank search --target arm --emulate --budget 1% --methods spatial,spatial_rows --trials 2 \
+		--out demo-arm --resume
 
 # mypy runs in $(VENV), where it finds the installed package: only there search/ and targets/ are part of it
 test: $(VENV)/.installed $(VENV)/.tools

@@ -10,10 +10,12 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, TypeVar
 
 import tvm
 from tvm.ir import IRModule
@@ -25,6 +27,11 @@ from tvm_lowrank.search.worker import receive, send
 BUILD_TIMEOUT = 60.0  # seconds; a kernel takes 0.1, more on a busy machine
 RUN_TIMEOUT = 20.0  # beyond what the measurement was asked to take
 START_TIMEOUT = 120.0
+CANCEL_POLL = 0.2
+CANCEL_GRACE = 2.0  # TVM's RPC server, for one, does not survive a client that goes away in the middle of a call
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class TrialError(MeasurementError):
@@ -33,6 +40,10 @@ class TrialError(MeasurementError):
 
 class WorkerDied(TrialError):
     """The candidate crashed its process or ran out of time."""
+
+
+class Cancelled(Exception):
+    """Another thread has called the work off."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +55,7 @@ class Job:
 
 
 class Bench(Protocol):
-    """What the oracle needs of a device."""
+    """One device, as the tuning of a kernel sees it."""
 
     def build(self, jobs: Sequence[Job]) -> list[int | TrialError]:
         """Compile jobs; for each a handle that can be timed, or why there is none."""
@@ -55,34 +66,58 @@ class Bench(Protocol):
     def forget(self) -> None:
         """Free everything that was built; the handles become invalid."""
 
+
+class Devices(Protocol):
+    """What the oracle measures on: one device, or several that are alike."""
+
+    def each(self, tasks: Sequence[T], work: Callable[[Bench, T], R]) -> Generator[R, None, None]:
+        """Results of ``work`` for every task, as they are finished.
+
+        A task has one device to itself from beginning to end. Closing the generator ends what is in progress.
+        """
+
     def close(self) -> None:
         """Stop all processes; the next call starts new ones."""
 
 
 class Worker:
-    """One child process (see `tvm_lowrank.search.worker`), started when first needed and again after a crash."""
+    """One child process, started when first needed and again after a crash.
 
-    def __init__(self, *, threads: int) -> None:
-        self.threads = threads
+    ``module`` is what it runs: `tvm_lowrank.search.worker`, or another that serves requests as that one does. Setting
+    ``cancelled`` ends a request in progress, and refuses others, with `Cancelled`.
+    """
+
+    def __init__(
+        self, *, threads: int, module: str = "tvm_lowrank.search.worker", cancelled: threading.Event | None = None
+    ) -> None:
+        self.threads, self.module = threads, module
+        self.cancelled = cancelled or threading.Event()
         self.process: subprocess.Popen[bytes] | None = None
         self.starts = 0
         self.log: IO[bytes] | None = None
 
-    def request(self, operation: str, *arguments: object, timeout: float) -> Any:
-        """Call a method of `Session`; TrialError if it raises, WorkerDied if the process does not survive it."""
+    def request(self, operation: str, *arguments: object, timeout: float, cancellable: bool = True) -> Any:
+        """Call a method in the process; TrialError if it raises, WorkerDied if the process does not survive it."""
+        if cancellable and self.cancelled.is_set():
+            raise Cancelled
         if self.process is None:
             self._start()
             timeout += START_TIMEOUT
         assert self.process is not None and self.process.stdin and self.process.stdout
         try:
             send(self.process.stdin, (operation, arguments))
-            self._wait(timeout)
+            self._wait(timeout, cancellable)
             succeeded, result = receive(self.process.stdout)
         except TimeoutError as error:
             self.stop()
             raise WorkerDied(f"no answer within {timeout:.0f} s") from error
         except (EOFError, OSError) as error:
             raise WorkerDied(self._reap()) from error
+        except BaseException:  # its answer would be taken for that of the next request
+            self.stop()
+            raise
+        if cancellable and self.cancelled.is_set():
+            raise Cancelled
         if not succeeded:
             raise TrialError(result)
         return result
@@ -102,18 +137,22 @@ class Worker:
         self.starts += 1
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
         environment = {**os.environ, "TVM_NUM_THREADS": str(self.threads)}
-        command = [sys.executable, "-W", "ignore", "-m", "tvm_lowrank.search.worker"]
+        command = [sys.executable, "-W", "ignore", "-m", self.module]
         # Python imports from the current folder first, and a checkout there would hide the installed package
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, env=environment, cwd=sys.prefix
         )
 
-    def _wait(self, timeout: float) -> None:
+    def _wait(self, timeout: float, cancellable: bool) -> None:
         assert self.process is not None and self.process.stdout
+        deadline, stopping = time.monotonic() + timeout, False
         with selectors.DefaultSelector() as selector:
             selector.register(self.process.stdout, selectors.EVENT_READ)
-            if not selector.select(timeout):
-                raise TimeoutError
+            while not selector.select(max(0.0, min(CANCEL_POLL, deadline - time.monotonic()))):
+                if cancellable and not stopping and self.cancelled.is_set():
+                    deadline, stopping = min(deadline, time.monotonic() + CANCEL_GRACE), True
+                if time.monotonic() >= deadline:
+                    raise Cancelled if stopping else TimeoutError
 
     def _reap(self) -> str:
         """What a dead process said last."""
@@ -127,65 +166,79 @@ class Worker:
         return f"the worker ended with code {code}" + (f": {lines[-1]}" if lines else "")
 
 
+class WorkerPool:
+    """Worker processes that share the work of one or more threads; by default one for each core, eight at most."""
+
+    def __init__(self, count: int | None = None, *, threads: int, cancelled: threading.Event | None = None) -> None:
+        count = count or max(1, min(os.cpu_count() or 1, 8))
+        self.workers = [Worker(threads=threads, cancelled=cancelled) for _ in range(count)]
+        # last in, first out: no more processes are started than are needed
+        self.idle: queue.LifoQueue[Worker] = queue.LifoQueue()
+        for worker in self.workers:
+            self.idle.put(worker)
+
+    def map(self, request: Callable[[Worker, T], R], items: Sequence[T]) -> list[R | TrialError]:
+        """For each item what ``request`` returned, or the TrialError that it raised."""
+
+        def attempt(item: T) -> R | TrialError:
+            worker = self.idle.get()
+            try:
+                return request(worker, item)
+            except TrialError as error:
+                return error
+            finally:
+                self.idle.put(worker)
+
+        with ThreadPoolExecutor(len(self.workers)) as executor:
+            return list(executor.map(attempt, items))
+
+    def close(self) -> None:
+        """Stop the processes."""
+        for worker in self.workers:
+            worker.stop()
+
+
 class LocalBench:
     """Compiles on all cores and times on this machine, one candidate at a time."""
 
     def __init__(self, *, target: tvm.target.Target, threads: int, workers: int | None = None) -> None:
         self.target, self.threads = tvm.ir.save_json(target), threads
-        self.workers = [Worker(threads=threads) for _ in range(workers or max(1, min(os.cpu_count() or 1, 8)))]
+        self.pool = WorkerPool(workers, threads=threads)
         self.jobs: list[Job] = []
         self.places: dict[int, tuple[Worker, int]] = {}  # handle to its worker, and which start of that worker
+
+    def each(self, tasks: Sequence[T], work: Callable[[Bench, T], R]) -> Generator[R, None, None]:
+        for task in tasks:
+            yield work(self, task)
 
     def build(self, jobs: Sequence[Job]) -> list[int | TrialError]:
         first = len(self.jobs)
         self.jobs += jobs
-        waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for handle in range(first, len(self.jobs)):
-            waiting.put(handle)
-        outcomes: dict[int, int | TrialError] = {}
-
-        def run(worker: Worker) -> None:
-            while True:
-                try:
-                    handle = waiting.get_nowait()
-                except queue.Empty:
-                    return
-                try:
-                    self._build(handle, worker)
-                    outcomes[handle] = handle
-                except TrialError as error:
-                    outcomes[handle] = error
-
-        runners = [threading.Thread(target=run, args=(w,), daemon=True) for w in self.workers[: len(jobs)]]
-        for runner in runners:
-            runner.start()
-        for runner in runners:
-            runner.join()
-        return [outcomes[handle] for handle in range(first, len(self.jobs))]
+        return self.pool.map(self._build, range(first, len(self.jobs)))
 
     def time(self, handle: int, seconds: float) -> list[float]:
         worker, start = self.places[handle]
         if worker.process is None or worker.starts != start:
-            self._build(handle, worker)  # another candidate took the process with it
+            self._build(worker, handle)  # another candidate took the process with it
         samples: list[float] = worker.request("time", handle, seconds, self.threads == 1, timeout=seconds + RUN_TIMEOUT)
         return samples
 
     def forget(self) -> None:
         self.jobs, self.places = [], {}
-        for worker in self.workers:
+        for worker in self.pool.workers:
             if worker.process is not None:
                 with contextlib.suppress(WorkerDied):  # then it has forgotten already
                     worker.request("forget", timeout=RUN_TIMEOUT)
 
     def close(self) -> None:
-        for worker in self.workers:
-            worker.stop()
+        self.pool.close()
 
-    def _build(self, handle: int, worker: Worker) -> None:
+    def _build(self, worker: Worker, handle: int) -> int:
         job = self.jobs[handle]
         source, tiling = tvm.ir.save_json(job.func), None if job.tiling is None else job.tiling.to_json()
         worker.request("build", handle, source, tiling, self.target, self.threads, timeout=BUILD_TIMEOUT)
         self.places[handle] = (worker, worker.starts)
+        return handle
 
 
 def measure_interleaved(

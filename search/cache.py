@@ -17,6 +17,7 @@ import tvm
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.lower import LOWERING_VERSION
 from tvm_lowrank.schedule import Tiling
+from tvm_lowrank.search.convolution import Convolution
 from tvm_lowrank.targets.profile import Profile
 
 FILE = "kernels.jsonl"
@@ -33,13 +34,17 @@ class Latency:
 
 @dataclass(frozen=True)
 class Entry:
-    """One line: a kernel, its latency, the schedule that has it, and how many trials it was chosen from."""
+    """One line: a kernel, its latency, the schedule that has it, and how many trials it was chosen from.
+
+    ``conv`` is what a model of the latencies learns from; None if the kernel is no convolution.
+    """
 
     key: str
     name: str
     latency: Latency
     tiling: Tiling | None
     trials: int
+    conv: Convolution | None = None
 
     def to_json(self) -> str:
         latency = self.latency
@@ -52,6 +57,7 @@ class Entry:
                 "p90": latency.p90,
                 "tiling": None if self.tiling is None else self.tiling.to_json(),
                 "trials": self.trials,
+                "conv": None if self.conv is None else self.conv.to_json(),
             }
         )
 
@@ -61,7 +67,8 @@ class Entry:
         entry: dict[str, Any] = json.loads(line)
         tiling = None if entry["tiling"] is None else Tiling.from_json(entry["tiling"])
         latency = Latency(float(entry["ms"]), float(entry["p10"]), float(entry["p90"]))
-        return cls(str(entry["key"]), str(entry["name"]), latency, tiling, int(entry["trials"]))
+        conv = None if entry.get("conv") is None else Convolution.from_json(entry["conv"])
+        return cls(str(entry["key"]), str(entry["name"]), latency, tiling, int(entry["trials"]), conv)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import prod
 
 from tvm_lowrank.decompose import METHODS, ConvSpec, chain_macs
 from tvm_lowrank.graph import Site
@@ -10,6 +11,8 @@ from tvm_lowrank.plan import Choice
 
 # MACs relative to dense; a dearer chain has never been measured faster
 DEAREST = 0.95
+# inputs of one output value, per group; the covariance of more (5 GB for VGG-16's first linear layer) is not worth it
+WIDEST = 8192
 
 
 def candidates(site: Site, *, methods: Iterable[str], lanes: int) -> list[Choice]:
@@ -26,8 +29,13 @@ def candidates(site: Site, *, methods: Iterable[str], lanes: int) -> list[Choice
 
 
 def skipped(site: Site) -> bool:
-    """Sites left alone: first layers (at most four input channels) and depthwise convolutions."""
-    return site.spec.in_channels <= 4 or site.spec.groups == site.spec.in_channels
+    """Sites left alone: first layers (at most four input channels), depthwise convolutions and very wide layers."""
+    return site.spec.in_channels <= 4 or site.spec.groups == site.spec.in_channels or wide(site)
+
+
+def wide(site: Site) -> bool:
+    """Whether a site has too many inputs for second-order statistics."""
+    return prod(site.spec.weight_shape[1:]) > WIDEST
 
 
 def chain_specs(site: Site, choice: Choice) -> tuple[ConvSpec, ...]:

@@ -2,24 +2,26 @@
 
 The unit is the Kullback-Leibler divergence, in nats an image, from the dense network's class probabilities to the
 changed network's, averaged over calibration images: it needs no labels, is far less noisy than counting wrong answers,
-and for small changes adds up over sites. Each (site, method) is probed at a few ranks by really evaluating the network
-with that one change; between probes, damage follows the expected output error of the factors, which is known for every
-rank.
+and for small changes adds up over sites. The Fisher information of a site's outputs predicts it to second order for
+every method and rank (see `tvm_lowrank.decompose.fisher`). What larger changes really cost grows faster, alike for all
+methods: each site is probed by really evaluating the network with that one change, a few times, and a curve through
+the probes corrects the prediction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from tvm_lowrank.decompose import Factors, Rank
+from tvm_lowrank.plan import Choice
 
-# relative output errors near which a (site, method) is probed: nearly exact, useful, and about too far
-PROBED_ERRORS = (0.01, 0.06, 0.25)
-SLOPES = (0.5, 2.0)  # of log damage over log error, when extrapolating
+# predicted damages at which a site is probed, as shares of what it may take in a likely plan
+PROBED_SHARES = (0.1, 0.5, 2.0, 8.0)
+SLOPES = (0.7, 2.0)  # of log damage over log prediction, when extrapolating
 
 
 def divergence(dense: np.ndarray, changed: np.ndarray) -> float:
@@ -29,32 +31,41 @@ def divergence(dense: np.ndarray, changed: np.ndarray) -> float:
     return max(0.0, float((p.exp() * (p - q)).sum(dim=1).mean()))
 
 
-def probe_ranks(factors: Factors, ranks: Sequence[Rank], power: float) -> list[Rank]:
-    """The ranks, of those offered, whose errors relative to the output's `power` are nearest to `PROBED_ERRORS`."""
-    relative = np.maximum(np.array([factors.error(rank) for rank in ranks]) / max(power, 1e-30), 1e-9)
-    nearest = {int(np.argmin(np.abs(np.log(relative / error)))) for error in PROBED_ERRORS}
-    return [ranks[i] for i in sorted(nearest)]
+def probes(predicted: Mapping[Choice, float], share: float) -> list[Choice]:
+    """With which candidates to probe a site: predicted near `PROBED_SHARES` of `share` nats, methods in turns."""
+    chosen: list[Choice] = []
+    for goal in PROBED_SHARES:
+
+        def distance(choice: Choice, goal: float = goal) -> tuple[int, float]:
+            away = abs(math.log(max(predicted[choice], 1e-12) / (goal * share)))
+            # twice as far is the price of a method that was probed already
+            return round(away / math.log(2)) + sum(c.method == choice.method for c in chosen), away
+
+        nearest = min(predicted, key=distance, default=None)
+        if nearest is not None and nearest not in chosen:
+            chosen.append(nearest)
+    return chosen
 
 
 @dataclass(frozen=True)
 class DamageCurve:
-    """Damage of one (site, method) as a function of the factors' expected output error, through its probes."""
+    """Damage of a site as a function of its second-order prediction, through the probes."""
 
-    errors: tuple[float, ...]
+    predicted: tuple[float, ...]
     damages: tuple[float, ...]
 
     @classmethod
     def through(cls, probes: dict[float, float]) -> DamageCurve:
-        """A curve through {error: damage} probes, made monotone."""
-        errors = sorted(probes)
-        damages = np.maximum.accumulate([max(probes[error], 1e-9) for error in errors])
-        return cls(tuple(max(e, 1e-30) for e in errors), tuple(float(d) for d in damages))
+        """A curve through {prediction: damage} probes, made monotone."""
+        predicted = sorted(probes)
+        damages = np.maximum.accumulate([max(probes[value], 1e-9) for value in predicted])
+        return cls(tuple(max(value, 1e-30) for value in predicted), tuple(float(d) for d in damages))
 
-    def __call__(self, error: float) -> float:
-        """Predicted damage: linear in the logarithms, with the outer slopes kept within `SLOPES` beyond the probes."""
-        if error <= 0:
+    def __call__(self, predicted: float) -> float:
+        """The corrected prediction: linear in the logarithms, its outer slopes within `SLOPES` beyond the probes."""
+        if predicted <= 0:
             return 0.0
-        x, y, at = np.log(self.errors), np.log(self.damages), np.log(error)
+        x, y, at = np.log(self.predicted), np.log(self.damages), np.log(predicted)
         if len(x) == 1:
             return float(np.exp(y[0] + (at - x[0])))
         slopes = np.clip(np.diff(y) / np.maximum(np.diff(x), 1e-9), *SLOPES)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,20 +13,25 @@ import numpy as np
 from tvm.ir import IRModule
 
 from tvm_lowrank import console
-from tvm_lowrank.bundle import CompiledModel, evaluate, export_library, read_manifest, write_manifest, write_text
-from tvm_lowrank.data import fingerprint
-from tvm_lowrank.graph import Site
+from tvm_lowrank.bridge import TorchBridge
+from tvm_lowrank.bundle import evaluate, export_library, read_manifest, write_manifest, write_text
+from tvm_lowrank.calibrate import predict
+from tvm_lowrank.data import Splits, fingerprint
+from tvm_lowrank.decompose import Chain
+from tvm_lowrank.errors import MeasurementError
+from tvm_lowrank.graph import Site, find_sites
 from tvm_lowrank.lower import build, lower
 from tvm_lowrank.metric import Metric, accuracy, paired_drop
 from tvm_lowrank.plan import Choice, Plan
-from tvm_lowrank.search.bench import measure_interleaved
 from tvm_lowrank.search.candidates import site_macs, skipped
+from tvm_lowrank.search.device import Device, Model
 from tvm_lowrank.search.loop import BACK_OFF, Evaluated, Search
 from tvm_lowrank.search.oracle import LatencyOracle
 from tvm_lowrank.search.times import SiteTimes
 from tvm_lowrank.transform import replace_sites
 
 ROUNDS = 30
+TOLERANCE = 1e-3  # of the largest output: the compiled library against PyTorch
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,8 @@ class Delivery:
     model: str
     input_shape: tuple[int, int, int, int]
     target: Mapping[str, Any]
-    data: Mapping[str, Any]  # source, mean, std
-    threads: int
+    data: Mapping[str, Any] | None  # source, mean, std
+    device: Device
 
 
 def deliver(search: Search, kept: Sequence[Evaluated], oracle: LatencyOracle, delivery: Delivery) -> dict[str, Any]:
@@ -54,20 +59,75 @@ def deliver(search: Search, kept: Sequence[Evaluated], oracle: LatencyOracle, de
     return write_manifest(delivery.out, {**manifest, "seconds": search.seconds})
 
 
+def deliver_plan(
+    plan: Plan,
+    chains: Mapping[str, Chain],
+    mod: IRModule,
+    times: SiteTimes,
+    oracle: LatencyOracle,
+    delivery: Delivery,
+    *,
+    splits: Splits | None,
+    metric: Metric,
+    reason: Callable[[Site, Choice], str],
+    seconds: dict[str, float],
+    **more: Any,
+) -> dict[str, Any]:
+    """Write the bundle of a plan that is not up for discussion; returns its manifest.
+
+    Without data its accuracy is not measured. ``more`` are further entries of the manifest.
+    """
+    out, sites = delivery.out, find_sites(mod)
+    with console.timed(seconds, "tuning kernels"):
+        times.measure([(site.id, plan.get(site.id, Choice())) for site in sites])
+        times.measure_others()
+    with console.timed(seconds, "building, verifying and measuring"):
+        dense = build_library(mod, oracle, delivery, "dense.so")
+        compressed = build_library(replace_sites(mod, chains), oracle, delivery, "model.so")
+        data = measured = None
+        if splits is not None:
+            before = judged(dense, splits, metric, delivery.device, description="accuracy, dense library")
+            after = judged(compressed, splits, metric, delivery.device, description="accuracy, compressed library")
+            measured = accuracy_entry(metric, before, after, delivery.device, looks=1)
+            data = {**(delivery.data or {}), "evaluation_sha256": fingerprint(splits.evaluation)}
+        latency, speedup = end_to_end(out, delivery.device, shape=delivery.input_shape)
+    write_text(out / "plan.json", plan.to_json())
+    return write_manifest(
+        out,
+        {
+            "model": delivery.model,
+            "target": dict(delivery.target),
+            "budget": None,
+            "input_shape": list(delivery.input_shape),
+            "data": data,
+            "accuracy": measured,
+            "latency_ms": latency,
+            "speedup": speedup,
+            "sites": [
+                site_entry(site, choice, times, reason=reason(site, choice))
+                for site in sites
+                for choice in [plan.get(site.id, Choice())]
+            ],
+            "seconds": seconds,
+            **more,
+        },
+    )
+
+
 def _libraries(search: Search, kept: Sequence[Evaluated], oracle: LatencyOracle, delivery: Delivery) -> dict[str, Any]:
     """Build and judge plans until one passes; the manifest without what `write_manifest` adds."""
     out, budget = delivery.out, search.settings.budget
-    dense = build_library(search.mod, oracle, out / "dense.so", delivery.input_shape)
-    images, labels = search.splits.evaluation
-    dense_scores = evaluate(dense, images, labels, search.metric, description="accuracy, dense library")
+    dense = build_library(search.mod, oracle, delivery, "dense.so")
+    judge = partial(judged, splits=search.splits, metric=search.metric, device=delivery.device)
+    dense_scores = judge(dense, description="accuracy, dense library")
 
     chosen, scores = Plan(), dense_scores
     candidate = kept[0] if kept else None
     while candidate is not None:
         console.phase(f"building the plan with {candidate.drop:+.2f} points of drop on the selection split")
         changed = replace_sites(search.mod, search.chains(candidate.plan))
-        library = build_library(changed, oracle, out / "model.so", delivery.input_shape)
-        scores = evaluate(library, images, labels, search.metric, description="accuracy, compressed library")
+        library = build_library(changed, oracle, delivery, "model.so")
+        scores = judge(library, description="accuracy, compressed library")
         drop, _ = paired_drop(dense_scores, scores)
         search.journal.once("look", candidate.plan.to_json(), partial(float, drop))
         if drop <= budget:
@@ -80,7 +140,7 @@ def _libraries(search: Search, kept: Sequence[Evaluated], oracle: LatencyOracle,
 
     if not chosen:
         shutil.copyfile(out / "dense.so", out / "model.so")
-    latency, speedup = end_to_end(out, threads=delivery.threads, shape=delivery.input_shape)
+    latency, speedup = end_to_end(out, delivery.device, shape=delivery.input_shape)
     if chosen and speedup <= 1:
         console.warn(f"the compressed library is not faster ({speedup:.2f}x); the bundle is the tuned dense model")
         shutil.copyfile(out / "dense.so", out / "model.so")
@@ -93,44 +153,89 @@ def _libraries(search: Search, kept: Sequence[Evaluated], oracle: LatencyOracle,
         "target": dict(delivery.target),
         "budget": budget,
         "input_shape": list(delivery.input_shape),
-        "data": {**delivery.data, "evaluation_sha256": fingerprint(search.splits.evaluation)},
-        "accuracy": accuracy_entry(search.metric, dense_scores, scores, looks=len(search.journal.of_kind("look"))),
+        "data": {**(delivery.data or {}), "evaluation_sha256": fingerprint(search.splits.evaluation)},
+        "accuracy": accuracy_entry(
+            search.metric, dense_scores, scores, delivery.device, looks=len(search.journal.of_kind("look"))
+        ),
         "latency_ms": latency,
         "speedup": speedup,
         "sites": [
-            site_entry(site, choice, search.times, reason=_reason(search, site, choice))
+            site_entry(site, choice, search.times, reason=reason(search, site, choice))
             for site in search.sites
             for choice in [chosen.get(site.id, Choice())]
         ],
     }
 
 
-def build_library(mod: IRModule, oracle: LatencyOracle, path: Path, shape: tuple[int, ...]) -> CompiledModel:
-    """Compile a canonical module for inputs of one shape (N, C, H, W), with the schedules that the oracle knows."""
+@dataclass(frozen=True, eq=False)
+class Library:
+    """A compiled module: as a function of images on its device, and the module itself."""
+
+    model: Model
+    mod: IRModule
+
+
+def judged(library: Library, splits: Splits, metric: Metric, device: Device, *, description: str) -> np.ndarray:
+    """The metric's scores of a library on the evaluation split, (n,).
+
+    What is too much for an emulated device is computed by PyTorch, with which the library was found to agree.
+    """
+    images, labels = splits.evaluation
+    here = slice(device.limit)
+    scores = evaluate(library.model, images[here], labels[here], metric, description=description, chunk=device.chunk)
+    if len(scores) == len(images):
+        return scores
+    rest = slice(device.limit, None)
+    reference = partial(predict, TorchBridge(library.mod))
+    others = evaluate(reference, images[rest], labels[rest], metric, description=f"{description}, in PyTorch")
+    return np.concatenate([scores, others])
+
+
+def build_library(mod: IRModule, oracle: LatencyOracle, delivery: Delivery, name: str) -> Library:
+    """Compile a canonical module to a file of the bundle, with the schedules that the oracle knows.
+
+    Raises
+    ------
+    MeasurementError
+        If the device's outputs are not those that PyTorch computes here.
+    """
+    shape, device, path = delivery.input_shape, delivery.device, delivery.out / name
     target = oracle.profile.tvm_target(oracle.threads)
     lowered = lower(mod, batch=shape[0], target=target)
-    export_library(build(lowered, oracle.database, target, threads=oracle.threads), path)
-    return CompiledModel(path, (shape[0], shape[1], shape[2], shape[3]))
+    compiler, options = device.linker
+    executable = build(lowered, oracle.database, target, threads=oracle.threads)
+    export_library(executable, path, cc=compiler, options=options)
+    model = device.model(path, shape)
+    x = np.random.default_rng(0).standard_normal((shape[0], *shape[1:])).astype("float32")
+    expected = predict(TorchBridge(mod), x)
+    error = float(np.max(np.abs(model(x) - expected)) / max(np.max(np.abs(expected)), 1e-30))
+    if not error < TOLERANCE:
+        raise MeasurementError(
+            f"{name} does not compute on the device what PyTorch does here (relative error {error:.1e}); "
+            "tvm_lowrank doctor checks the device; if it is well, report this model"
+        )
+    return Library(model, mod)
 
 
 def end_to_end(
-    directory: Path, *, rounds: int = ROUNDS, threads: int | None = None, shape: Sequence[int] | None = None
+    directory: Path, device: Device, *, rounds: int = ROUNDS, shape: Sequence[int]
 ) -> tuple[dict[str, Any], float]:
     """Latency of a bundle's two libraries, interleaved in one run: (the manifest's ``latency_ms``, speed-up).
 
-    ``threads`` and ``shape`` (N, C, H, W) are the manifest's unless given.
+    ``shape`` is the libraries' (N, C, H, W).
     """
-    if threads is None or shape is None:
-        manifest = read_manifest(directory)
-        threads = threads or int(manifest["latency_ms"]["threads"])
-        shape = shape or manifest["input_shape"]
     console.phase("measuring both libraries end to end, interleaved")
     x = np.random.default_rng(0).standard_normal(shape).astype("float32")
     libraries = {"dense": directory / "dense.so", "compressed": directory / "model.so"}
-    runs = measure_interleaved(libraries, x, rounds=rounds, threads=threads)
+    runs = device.interleaved(libraries, x, rounds=rounds)
     latency: dict[str, Any] = {name: _summary(ms) for name, ms in runs.items()}
     speedup = latency["dense"]["median"] / latency["compressed"]["median"]
-    return {**latency, "threads": threads, "batch": shape[0], "how": "measured"}, speedup
+    return {**latency, "threads": device.threads, "batch": shape[0], "how": device.how}, speedup
+
+
+def measure_again(directory: Path, device: Device, *, rounds: int) -> tuple[dict[str, Any], float]:
+    """`end_to_end` of a finished bundle."""
+    return end_to_end(directory, device, rounds=rounds, shape=read_manifest(directory)["input_shape"])
 
 
 def _summary(ms: Sequence[float]) -> dict[str, float]:
@@ -138,7 +243,9 @@ def _summary(ms: Sequence[float]) -> dict[str, float]:
     return {"median": float(median), "p10": float(p10), "p90": float(p90)}
 
 
-def accuracy_entry(metric: Metric, dense: np.ndarray, compressed: np.ndarray, *, looks: int) -> dict[str, Any]:
+def accuracy_entry(
+    metric: Metric, dense: np.ndarray, compressed: np.ndarray, device: Device, *, looks: int
+) -> dict[str, Any]:
     """The manifest's ``accuracy``, from the scores (n,) of both libraries."""
     drop, interval = paired_drop(dense, compressed)
     return {
@@ -149,6 +256,7 @@ def accuracy_entry(metric: Metric, dense: np.ndarray, compressed: np.ndarray, *,
         "drop": drop,
         "ci95": list(interval),
         "looks": looks,
+        "on_device": min(len(dense), device.limit or len(dense)),
     }
 
 
@@ -166,13 +274,14 @@ def site_entry(site: Site, choice: Choice, times: SiteTimes, *, reason: str) -> 
     }
 
 
-def _reason(search: Search, site: Site, choice: Choice) -> str:
+def reason(search: Search, site: Site, choice: Choice) -> str:
     """Why a site became what it is, in one sentence."""
     name, damages = site.id, search.damage.get(site.id)
     if damages is None:
         return "left dense: the time limit came before it was examined"
     if not damages:
-        return "left dense: first layer or depthwise" if skipped(site) else "left dense: no method costs fewer MACs"
+        why = "first layer, depthwise or too wide" if skipped(site) else "no method costs fewer MACs"
+        return f"left dense: {why}"
     dense = search.times.estimate(name, Choice())
     if choice.rank is not None:
         saved = dense - search.times.estimate(name, choice)

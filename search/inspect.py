@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from tvm_lowrank import console, example
+from tvm_lowrank import console
 from tvm_lowrank.graph import find_sites
-from tvm_lowrank.importer import import_model
 from tvm_lowrank.plan import Choice
-from tvm_lowrank.search.oracle import LatencyOracle
-from tvm_lowrank.search.run import cache_folder
+from tvm_lowrank.search.device import check_connection
+from tvm_lowrank.search.run import Request, load_model, opened
 from tvm_lowrank.search.times import SiteTimes
 from tvm_lowrank.targets.profile import load_profile
 
 
-def print_sites(
-    model: str | None,
-    *,
-    input_shape: tuple[int, ...] | None,
-    target: str,
-    threads: int,
-    trials: int,
-    cache: Path | None,
-) -> None:
+def print_sites(request: Request) -> None:
     """Tune the dense network's kernels (or take them from the cache) and print a table of its sites."""
-    profile = load_profile(target)
-    source = example.model() if model is None else model
-    mod = import_model(source, input_shape=example.INPUT_SHAPE if model is None else input_shape)
+    profile = load_profile(request.target)
+    check_connection(profile, request.connection)
+    mod = load_model(request)
     sites = find_sites(mod)
-    with LatencyOracle(profile, cache_dir=cache or cache_folder(), trials=trials, threads=threads) as oracle:
-        times = SiteTimes(mod, sites, oracle, batch=1)
+    with opened(request, profile) as (device, oracle):
+        times = SiteTimes(mod, sites, oracle, batch=request.batch)
         others = times.measure_others()
         dense = {site.id: times.estimate(site.id, Choice()) for site in sites}
     total = sum(dense.values()) + others
@@ -50,7 +39,8 @@ def print_sites(
     ]
     rows.append(("(other)", "", "", "", "", "", f"{others:.4f}", f"{100 * others / total:.1f} %", ""))
     console.table(
-        f"{model or 'bundled example'} on {profile.name}, {threads} thread(s), batch 1: {macs / 1e6:.1f} M MACs",
+        f"{request.model or 'bundled example'} on {profile.name}, {request.threads} thread(s), batch {request.batch}: "
+        f"{macs / 1e6:.1f} M MACs, {device.how}",
         ("site", "channels", "kernel", "input", "MACs", "of all", "ms", "of all", "GFLOPS"),
         rows,
     )

@@ -1,6 +1,6 @@
 """The search: tables of damage and time in, the fastest plan within the accuracy budget out.
 
-    probe damages -> time candidates -> [allocate for a damage limit -> time -> refit -> evaluate] for several limits
+    probe damages -> time dense -> [allocate for a damage limit -> time what it chose -> refit -> evaluate]
 
 The outer loop looks for the largest damage limit whose refitted network keeps the budget on the selection split. It is
 anytime: every network that kept the budget so far is an answer. Calibration and selection data only; the evaluation
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,30 +19,29 @@ from tvm.ir import IRModule
 
 from tvm_lowrank import console
 from tvm_lowrank.bridge import TorchBridge
-from tvm_lowrank.calibrate import collect_moments, predict
+from tvm_lowrank.calibrate import collect_fisher, collect_moments, predict
 from tvm_lowrank.data import Splits
-from tvm_lowrank.decompose import METHODS, Chain, Factors, Moments, Rank, cut, grouped
-from tvm_lowrank.decompose.moments import output_power
+from tvm_lowrank.decompose import Chain, Factors, Moments, cut, factorise
 from tvm_lowrank.graph import Site, find_sites
 from tvm_lowrank.metric import Metric
 from tvm_lowrank.plan import DENSE, Choice, Plan
 from tvm_lowrank.search.allocate import Option, allocate
 from tvm_lowrank.search.candidates import candidates
-from tvm_lowrank.search.damage import DamageCurve, divergence, probe_ranks
+from tvm_lowrank.search.damage import DamageCurve, divergence, probes
 from tvm_lowrank.search.journal import Journal
 from tvm_lowrank.search.refit import Target, dense_outputs, refit
 from tvm_lowrank.search.times import SiteTimes
+from tvm_lowrank.synthetic import shrunk
 from tvm_lowrank.transform import replace_sites
 
 PROBE_IMAGES = 500
 FIRST_LIMIT = 0.01  # nats: near the damage that costs a point, so that few steps are needed from here
-ANCHORS = (0.3, 3.0)  # candidates are timed where a site takes these shares of an equal part of the first limit
 STEP = 2.5  # factor between limits until one fails and one keeps the budget
 CLOSE = 1.3  # factor between those two at which the loop ends: plans this near differ by a few percent in time
 MOST_EVALUATIONS = 12
 BACK_OFF = 0.7  # factor on the limit after a plan failed on the evaluation split
 LEAST_LIMIT, MOST_LIMIT = 1e-6, 10.0  # nats; beyond these nothing changes any more
-MOST_ALLOCATIONS = 5  # for one limit; each times what it chose
+MOST_ALLOCATIONS = 8  # for one limit; each times what it chose
 
 
 class _TimeUp(Exception):
@@ -57,6 +55,7 @@ class Settings:
     budget: float  # points of the metric
     methods: tuple[str, ...]
     lanes: int  # ranks are multiples of this
+    synthetic: bool = False  # the images stand in for data that there is not
     seed: int = 0
     deadline: float = math.inf  # time.monotonic() at which the search ends with what it has
 
@@ -95,6 +94,7 @@ class Search:
         self.damage: dict[str, dict[Choice, float]] = {}  # of every candidate, in nats, once `probe` was called
         self.seconds: dict[str, float] = {}  # by phase, of this process
         self._bridge = TorchBridge(mod)
+        self._fitted: dict[str, dict[str, Chain]] = {}
 
     @cached_property
     def candidates(self) -> dict[str, list[Choice]]:
@@ -108,7 +108,16 @@ class Search:
         wanted = [site for site in self.sites if self.candidates[site.id]]
         images = self.splits.calibration
         with console.progress("calibrating", len(images)) as advance:
-            return collect_moments(self._bridge, wanted, images, seed=self.settings.seed, advance=advance)
+            found = collect_moments(self._bridge, wanted, images, seed=self.settings.seed, advance=advance)
+        return {name: shrunk(moments) for name, moments in found.items()} if self.settings.synthetic else found
+
+    @cached_property
+    def fisher(self) -> dict[str, np.ndarray]:
+        """Fisher information of the outputs of the sites that have candidates, in the dense network."""
+        wanted = [site for site in self.sites if self.candidates[site.id]]
+        images = self.splits.calibration
+        with console.progress("weighing errors", len(images)) as advance:
+            return collect_fisher(self._bridge, wanted, images, seed=self.settings.seed, advance=advance)
 
     @cached_property
     def factors(self) -> dict[tuple[str, str], Factors]:
@@ -116,7 +125,13 @@ class Search:
         sites = {site.id: site for site in self.sites}
         pairs = sorted({(name, choice.method) for name, choices in self.candidates.items() for choice in choices})
         return {
-            (name, method): METHODS[method].factorise(sites[name].weight, sites[name].spec, self.moments[name])
+            (name, method): factorise(
+                sites[name].weight,
+                sites[name].spec,
+                method=method,
+                moments=self.moments[name],
+                fisher=self.fisher[name],
+            )
             for name, method in console.track(pairs, "factorising")
         }
 
@@ -132,7 +147,7 @@ class Search:
         return predict(self._bridge, self.splits.selection[0])
 
     def single(self, name: str, choice: Choice) -> Chain:
-        """The chain of one candidate, with the dense network's moments."""
+        """The chain of one candidate, decomposed by itself."""
         assert choice.rank is not None
         weight, factors = self._site(name).weight, self.factors[name, choice.method]
         return cut(choice.method, factors, choice.rank, weight, self.moments[name])
@@ -140,27 +155,26 @@ class Search:
     def _site(self, name: str) -> Site:
         return next(site for site in self.sites if site.id == name)
 
-    def _error(self, name: str, choice: Choice) -> float:
-        """Expected squared output error of a candidate, before the refit."""
-        assert choice.rank is not None
-        return self.factors[name, choice.method].error(choice.rank)
+    def predicted(self, name: str) -> dict[Choice, float]:
+        """Damage of a site's candidates to second order, in nats, before the refit."""
+        return {
+            choice: self.factors[name, choice.method].error(choice.rank) / 2
+            for choice in self.candidates[name]
+            if choice.rank is not None
+        }
 
-    def _probe_ranks(self, name: str, method: str, factors: Factors) -> list[Rank]:
-        site = self._site(name)
-        ranks = [c.rank for c in self.candidates[name] if c.method == method and c.rank is not None]
-        power = output_power(grouped(site.weight, site.spec), self.moments[name])
-        return probe_ranks(factors, ranks, power)
+    @property
+    def share(self) -> float:
+        """An equal part of the first limit for each site with candidates, in nats."""
+        return FIRST_LIMIT / max(1, sum(bool(choices) for choices in self.candidates.values()))
 
     def probe(self) -> None:
-        """Predict the damage of every candidate, in nats, from a few real evaluations."""
+        """Predict the damage of every candidate, in nats, and correct that by a few real evaluations of each site."""
         images = self.splits.calibration[:PROBE_IMAGES]
         dense = predict(self._bridge, images)
-        probes: dict[tuple[str, str], dict[float, float]] = {}
-        wanted = [
-            (name, Choice(method, rank))
-            for (name, method), factors in self.factors.items()
-            for rank in self._probe_ranks(name, method, factors)
-        ]
+        predicted = {name: self.predicted(name) for name in self.candidates}
+        wanted = [(name, choice) for name, own in predicted.items() for choice in probes(own, self.share)]
+        found: dict[str, dict[float, float]] = {}
         for name, choice in console.track(wanted, "probing damage"):
             self._check_time()
 
@@ -168,35 +182,21 @@ class Search:
                 changed = TorchBridge(replace_sites(self.mod, {name: self.single(name, choice)}))
                 return divergence(dense, predict(changed, images))
 
-            error = self._error(name, choice)
-            found = self.journal.once("probe", f"{name} {choice}", evaluate)
-            probes.setdefault((name, choice.method), {})[error] = found
-        curves = {pair: DamageCurve.through(found) for pair, found in probes.items()}
+            damage = self.journal.once("probe", f"{name} {choice}", evaluate)
+            found.setdefault(name, {})[predicted[name][choice]] = damage
+        curves = {name: DamageCurve.through(probed) for name, probed in found.items()}
         self.damage = {
-            name: {c: curves[name, c.method](self._error(name, c)) for c in choices}
-            for name, choices in self.candidates.items()
+            name: {choice: curves[name](value) for choice, value in own.items()} for name, own in predicted.items()
         }
 
     def options(self) -> dict[str, list[Option]]:
-        """Time and damage of everything that each site may become."""
+        """Time and damage of everything that each site may become; times that were not measured are optimistic."""
+        damages = {name: {Choice(): 0.0, **own} for name, own in self.damage.items()}
+        times = self.times.estimates(damages)
         return {
-            name: [Option(Choice(), self.times.estimate(name, Choice()), 0.0)]
-            + [Option(choice, self.times.estimate(name, choice), damage) for choice, damage in damages.items()]
-            for name, damages in self.damage.items()
+            name: [Option(choice, times[name, choice], damage) for choice, damage in own.items()]
+            for name, own in damages.items()
         }
-
-    def time_anchors(self) -> None:
-        """Time every site dense, and each of its methods at the ranks that a plan is likely to use."""
-        share = FIRST_LIMIT / max(1, sum(bool(choices) for choices in self.candidates.values()))
-        wanted = [(site.id, Choice()) for site in self.sites]
-        for name, damages in self.damage.items():
-            for method in sorted({choice.method for choice in damages}):
-                own = [(choice, damage) for choice, damage in damages.items() if choice.method == method]
-                wanted += [
-                    (name, min(own, key=lambda pair: abs(math.log(pair[1] / (anchor * share))))[0])
-                    for anchor in ANCHORS
-                ]
-        self._time(wanted)
 
     def _time(self, wanted: list[tuple[str, Choice]]) -> None:
         with console.timed(self.seconds, "tuning kernels"):
@@ -214,11 +214,22 @@ class Search:
         ms = sum(self.times.estimate(name, option.choice) for name, option in chosen.items())
         return plan, sum(option.damage for option in chosen.values()), ms
 
-    def chains(self, plan: Mapping[str, Choice]) -> dict[str, Chain]:
-        """The refitted chains of a plan."""
-        with console.progress("refitting", len(self.sites)) as advance:
-            images, seed = self.splits.calibration, self.settings.seed
-            return refit(self.mod, self.sites, plan, images, self.targets, seed=seed, advance=advance)
+    def chains(self, plan: Plan) -> dict[str, Chain]:
+        """The refitted chains of a plan, fitted once."""
+        key = plan.to_json()
+        if key not in self._fitted:
+            with console.progress("refitting", len(self.sites)) as advance:
+                self._fitted[key] = refit(
+                    self.mod,
+                    self.sites,
+                    plan,
+                    self.splits.calibration,
+                    self.targets,
+                    fisher=self.fisher,
+                    seed=self.settings.seed,
+                    advance=advance,
+                )
+        return self._fitted[key]
 
     def evaluate(self, plan: Plan, limit: float, predicted: float, ms: float) -> Evaluated:
         """Refit a plan and evaluate it on the selection split, once."""
@@ -233,14 +244,28 @@ class Search:
             found = self.journal.once("evaluation", plan.to_json(), compute)
         return Evaluated(plan, limit, predicted, found["damage"], found["drop"], ms)
 
+    def prepare(self) -> None:
+        """Predict the damage of all candidates, and time the dense network: the surrogate's first data."""
+        with console.timed(self.seconds, "predicting damage"):
+            self.probe()
+        console.phase("tuning the kernels of the dense network, then of the likeliest candidates")
+        self._time([(site.id, Choice()) for site in self.sites])
+
+    def unseen(self) -> tuple[Plan, float]:
+        """Without data: the fastest plan whose predicted damage is that of the budget, and this damage in nats."""
+        try:
+            self.prepare()
+            plan, predicted, _ = self.plan_for(self.settings.budget * FIRST_LIMIT)
+        except _TimeUp:
+            console.warn("the time limit ends the search before there is a plan")
+            return Plan(), 0.0
+        return plan, predicted
+
     def run(self) -> list[Evaluated]:
         """Evaluated plans that kept the budget on the selection split, fastest first; perhaps none."""
         kept: list[Evaluated] = []
         try:
-            with console.timed(self.seconds, "predicting damage"):
-                self.probe()
-            console.phase("tuning the kernels of the likeliest candidates")
-            self.time_anchors()
+            self.prepare()
             self._explore(kept)
         except _TimeUp:
             console.warn("the time limit ends the search early; the best plan so far is kept")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 
@@ -13,8 +14,9 @@ from tvm_lowrank import schedule
 from tvm_lowrank.errors import MeasurementError
 from tvm_lowrank.lower import Kernel
 from tvm_lowrank.schedule import Tiling
-from tvm_lowrank.search.bench import Bench, Job, LocalBench, TrialError
+from tvm_lowrank.search.bench import Bench, Devices, Job, LocalBench, TrialError
 from tvm_lowrank.search.cache import Entry, KernelCache, Latency
+from tvm_lowrank.search.convolution import Convolution
 from tvm_lowrank.search.tiles import first_candidates, variants
 from tvm_lowrank.targets.profile import Profile
 
@@ -44,7 +46,8 @@ class LatencyOracle:
     threads
         Threads that a kernel may use.
     bench
-        Where to compile and measure; this machine if it is left out.
+        Where to compile and measure; this machine if it is left out. Where it has several devices, as many kernels
+        are tuned at the same time.
 
     Raises
     ------
@@ -53,7 +56,7 @@ class LatencyOracle:
     """
 
     def __init__(
-        self, profile: Profile, *, cache_dir: Path, trials: int = 12, threads: int = 1, bench: Bench | None = None
+        self, profile: Profile, *, cache_dir: Path, trials: int = 12, threads: int = 1, bench: Devices | None = None
     ) -> None:
         self.profile, self.trials, self.threads = profile, trials, threads
         self._cache = KernelCache.open(cache_dir, profile, threads=threads)
@@ -77,6 +80,10 @@ class LatencyOracle:
         """Kernel key to its best schedule, for `lower.build`."""
         return {key: entry.tiling for key, entry in self._cache.entries.items()}
 
+    def convolutions(self) -> list[tuple[Convolution, float]]:
+        """All convolutions that were measured on the target, for this or another network, and their ms."""
+        return [(e.conv, e.latency.ms) for e in self._cache.entries.values() if e.conv is not None]
+
     def known(self, key: str) -> Latency | None:
         """The latency of a kernel that was measured before, with at least as many trials."""
         entry = self._cache.entries.get(key)
@@ -87,7 +94,8 @@ class LatencyOracle:
     ) -> dict[str, Latency]:
         """Latencies of kernels by key; those that the cache lacks are tuned, equal ones once.
 
-        ``progress`` is called with (kernels done, kernels to measure) before the first and after each.
+        ``progress`` is called with (kernels done, kernels to measure) before the first and after each; what it raises
+        ends the work, and what it had been told of is kept.
 
         Raises
         ------
@@ -97,24 +105,28 @@ class LatencyOracle:
         wanted = {kernel.key: kernel for kernel in kernels}
         self._cache.refresh()
         missing = [kernel for key, kernel in wanted.items() if self.known(key) is None]
-        for done, kernel in enumerate(missing):
-            if progress is not None:
-                progress(done, len(missing))
-            self._cache.add(self._tune(kernel))
-        if progress is not None and missing:
-            progress(len(missing), len(missing))
+        if missing:
+            self._fill(missing, progress or (lambda done, total: None))
         return {key: self._cache.entries[key].latency for key in wanted}
 
-    def _tune(self, kernel: Kernel) -> Entry:
+    def _fill(self, missing: Sequence[Kernel], report: Callable[[int, int], None]) -> None:
         if self._bench is None:
             self._bench = LocalBench(target=self.profile.tvm_target(self.threads), threads=self.threads)
-        self._bench.forget()
+        report(0, len(missing))
+        # an exception's traceback would keep the generator, and what it runs, alive
+        with closing(self._bench.each(missing, self._tune)) as tuned:
+            for done, entry in enumerate(tuned, start=1):
+                self._cache.add(entry)
+                report(done, len(missing))
+
+    def _tune(self, bench: Bench, kernel: Kernel) -> Entry:
+        bench.forget()
         space = schedule.workload(kernel.func)
         limit = self.trials if kernel.is_conv else min(self.trials, OTHER_TRIALS)
         lanes, registers = self.profile.lanes, self.profile.registers
         # two thirds of the trials for the register tile, the rest for the order of the loops around the best ones
         first = first_candidates(space, lanes=lanes, registers=registers, limit=max(1, limit * 2 // 3))
-        trials = Trials(kernel, self._bench)
+        trials = Trials(kernel, bench)
         trials.run(first)
         if space is not None and len(first) < limit:
             more = [v for tiling in trials.best(2) if tiling is not None for v in variants(tiling, space)]
@@ -125,7 +137,7 @@ class LatencyOracle:
         p10, p90 = (1e3 * float(v) for v in np.percentile(np.array(samples), (10, 90)))
         latency = Latency(1e3 * undisturbed(samples), p10, p90)
         logger.info("%s: %.4f ms, %s", kernel.name, latency.ms, tiling)
-        return Entry(kernel.key, kernel.name, latency, tiling, self.trials)
+        return Entry(kernel.key, kernel.name, latency, tiling, self.trials, Convolution.lowered(kernel))
 
 
 class Trials:

@@ -27,7 +27,8 @@ from tvm_lowrank.decompose import Chain, Moments, compose, decompose, grouped
 from tvm_lowrank.epilogue import Epilogue, epilogue, rivals
 from tvm_lowrank.graph import Site
 from tvm_lowrank.plan import Choice
-from tvm_lowrank.search.nonlinear import Response, joined, refit_through
+from tvm_lowrank.search.candidates import wide
+from tvm_lowrank.search.nonlinear import Response, chain_outputs, joined, refit_through
 from tvm_lowrank.transform import replace_sites
 
 RIDGE = 1e-2  # pulls B towards the dense kernel where the calibration images say little
@@ -135,6 +136,7 @@ def refit(
     images: np.ndarray,
     targets: Mapping[str, Target],
     *,
+    fisher: Mapping[str, np.ndarray] | None = None,
     nonlinear: bool = True,
     seed: int = 0,
     advance: Callable[[], object] = lambda: None,
@@ -146,6 +148,7 @@ def refit(
     mod : the dense canonical module.
     images : calibration images, float32 NCHW.
     targets : what `dense_outputs` returned for the same images and seed.
+    fisher : Fisher information (N, N) of the sites' outputs, which weights their errors where it is given.
     nonlinear : minimise the error after residual addition, activation and max-pool, not that of the output itself.
     advance : called after each site.
     """
@@ -157,13 +160,25 @@ def refit(
             after, target = epilogue(bridge.function, site.id), targets[site.id]
             residual = after.residual if nonlinear else None
             columns, addend = site_columns(bridge, site, images, residual=residual, seed=seed)
-            regression = _Regression(site, choice, columns)
+            if wide(site):
+                chains[site.id] = _of_weights(site, choice, columns, target)
+                advance()
+                continue
+            regression = _Regression(site, choice, columns, (fisher or {}).get(site.id))
             if nonlinear:
                 chains[site.id] = _through(regression, after, target, addend)
             else:
                 chains[site.id] = regression(target.outputs)
         advance()
     return chains
+
+
+def _of_weights(site: Site, choice: Choice, columns: Tensor, target: Target) -> Chain:
+    """The weights-only chain of a site too wide for a regression, with the bias that keeps the mean."""
+    assert choice.rank is not None
+    chain = decompose(site.weight, site.spec, method=choice.method, rank=choice.rank)
+    missing = joined(target.outputs) - chain_outputs(chain, columns)
+    return Chain(chain.convs, missing.double().mean(dim=0).float().numpy())
 
 
 def _through(regression: _Regression, after: Epilogue, target: Target, addend: Tensor | None) -> Chain:
@@ -186,8 +201,8 @@ def _through(regression: _Regression, after: Epilogue, target: Target, addend: T
 class _Regression:
     """Least squares of any outputs on the columns of a site, by the chains of one choice."""
 
-    def __init__(self, site: Site, choice: Choice, columns: Tensor) -> None:
-        self.site, self.choice, self.columns = site, choice, columns
+    def __init__(self, site: Site, choice: Choice, columns: Tensor, fisher: np.ndarray | None) -> None:
+        self.site, self.choice, self.columns, self.fisher = site, choice, columns, fisher
         self.moments = moments_of(columns)
         # each direction of the input is regressed as far as its variance carries it
         lifted = self.moments.covariance.copy()
@@ -206,7 +221,8 @@ class _Regression:
         regressed = weight + np.stack([linalg.cho_solve(f, m.T).T for f, m in zip(self._factors, missing, strict=True)])
         kernel, recipe = regressed.reshape(spec.weight_shape), self.choice
         assert recipe.rank is not None
-        chain = decompose(kernel, spec, method=recipe.method, rank=recipe.rank, moments=self.moments)
+        norm = {"moments": self.moments, "fisher": self.fisher}
+        chain = decompose(kernel, spec, method=recipe.method, rank=recipe.rank, **norm)  # type: ignore[arg-type]
         composed = grouped(compose(chain.specs, [conv.weight for conv in chain.convs], spec.groups), spec)
         bias = mean - np.einsum("gnd,gd->gn", composed, self.moments.mean)
         return Chain(chain.convs, bias.reshape(-1).astype(np.float32))

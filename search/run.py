@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,21 @@ from tvm_lowrank.errors import UserError
 from tvm_lowrank.graph import constants, find_sites
 from tvm_lowrank.importer import import_model
 from tvm_lowrank.metric import load_metric
-from tvm_lowrank.search.deliver import Delivery, deliver
+from tvm_lowrank.plan import Plan
+from tvm_lowrank.search.deliver import Delivery, deliver, deliver_plan, reason
+from tvm_lowrank.search.device import Connection, Device, check_connection, open_device
 from tvm_lowrank.search.journal import Journal
 from tvm_lowrank.search.loop import Search, Settings
 from tvm_lowrank.search.oracle import LatencyOracle
 from tvm_lowrank.search.times import SiteTimes
-from tvm_lowrank.targets.profile import load_profile
+from tvm_lowrank.synthetic import dead_leaves
+from tvm_lowrank.targets.profile import Profile, load_profile
+from tvm_lowrank.targets.toolchain import cache_folder
 
 JOURNAL = "journal.jsonl"
 # closed forms whose chains run at full speed; each method more costs probes and tuning
-DEFAULT_METHODS = ("channel", "channel_in", "spatial", "spatial_rows")
+DEFAULT_METHODS = ("channel", "channel_in", "spatial", "spatial_rows", "svd")
+SYNTHETIC_IMAGES = 500
 FINAL_SHARE = 0.15  # of a time limit, kept for building, evaluating and measuring the result
 
 
@@ -53,6 +58,7 @@ class Request:
     std: Sequence[float] | None = None
     metric: str = "top1"
     target: str = "x86"
+    connection: Connection = field(default_factory=Connection)
     methods: Sequence[str] = DEFAULT_METHODS
     trials: int = 12
     threads: int = 1
@@ -62,13 +68,6 @@ class Request:
     cache: Path | None = None
     force: bool = False
     resume: bool = False
-
-
-def cache_folder() -> Path:
-    """Where measurements are kept: ``TVM_LOWRANK_CACHE``, or the user's cache folder."""
-    chosen = os.environ.get("TVM_LOWRANK_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(chosen) if chosen else Path(base) / "tvm_lowrank"
 
 
 def search(request: Request) -> dict[str, Any]:
@@ -85,47 +84,115 @@ def search(request: Request) -> dict[str, Any]:
     _check_options(request)
     find_compiler()
     profile = load_profile(request.target)
+    check_connection(profile, request.connection)
     metric = load_metric(request.metric)
     out = _open_out(request)
     mod, splits = load_inputs(request)
-    for message in overlaps(splits):
+    for message in overlaps(splits) if splits is not None else []:
         console.warn(message)
 
-    shape = (request.batch, *splits.calibration.shape[1:])
     journal = Journal(out / JOURNAL, _header(request, mod, splits, profile.key))
     if journal.dropped:
         console.warn(f"the last line of {journal.path} was torn and is dropped; its measurement is repeated")
     deadline = math.inf if request.time_limit is None else start + request.time_limit * (1 - FINAL_SHARE)
     settings = Settings(
-        budget=request.budget, methods=tuple(request.methods), lanes=profile.lanes, deadline=deadline, seed=request.seed
+        budget=request.budget,
+        methods=tuple(request.methods),
+        lanes=profile.lanes,
+        synthetic=splits is None,
+        deadline=deadline,
+        seed=request.seed,
     )
-    cache = request.cache or cache_folder()
-    with LatencyOracle(profile, cache_dir=cache, trials=request.trials, threads=request.threads) as oracle:
-        console.phase(f"{len(find_sites(mod))} convolutions; calibrating and predicting damage")
+    with opened(request, profile) as (device, oracle):
+        console.phase(f"{len(find_sites(mod))} layers; calibrating and predicting damage")
         times = SiteTimes(mod, find_sites(mod), oracle, batch=request.batch)
-        finder = Search(mod, splits, metric, times, journal, settings)
-        kept = finder.run()
-        delivery = Delivery(
-            out=out,
-            model=request.model or EXAMPLE,
-            input_shape=shape,
-            target={"name": profile.name, **profile.target, "num-cores": request.threads},
-            data={"source": splits.name, "mean": request.mean, "std": request.std},
-            threads=request.threads,
-        )
-        manifest = deliver(finder, kept, oracle, delivery)
+        finder = Search(mod, splits or _synthetic(mod, request.seed), metric, times, journal, settings)
+        delivery = delivery_of(request, mod, device, splits)
+        if splits is None:
+            manifest = _without_data(finder, oracle, delivery)
+        else:
+            manifest = deliver(finder, finder.run(), oracle, delivery)
     journal.close()
     return manifest
 
 
-def load_inputs(request: Request) -> tuple[IRModule, Splits]:
-    """The canonical module and the checked data of a search."""
+def _without_data(finder: Search, oracle: LatencyOracle, delivery: Delivery) -> dict[str, Any]:
+    """Find, build and write a plan of a predicted damage."""
+    plan, predicted = finder.unseen()
+    console.warn(f"without --data the accuracy is not measured; predicted damage: {predicted:.4f} nats an image")
+
+    def delivered(plan: Plan, predicted: float) -> dict[str, Any]:
+        return deliver_plan(
+            plan,
+            {name: finder.single(name, choice) for name, choice in plan.items()},
+            finder.mod,
+            finder.times,
+            oracle,
+            delivery,
+            splits=None,
+            metric=finder.metric,
+            reason=lambda site, choice: reason(finder, site, choice),
+            seconds=finder.seconds,
+            budget=finder.settings.budget,
+            predicted_damage=predicted,
+        )
+
+    manifest = delivered(plan, predicted)
+    if plan and manifest["speedup"] <= 1:
+        console.warn(f"the compressed library is not faster ({manifest['speedup']:.2f}x); delivering the dense model")
+        return delivered(Plan(), 0.0)
+    return manifest
+
+
+def _synthetic(mod: IRModule, seed: int) -> Splits:
+    """Images that stand in for calibration data; there is nothing to measure accuracy on."""
+    images = synthetic_images(mod, seed)
+    none = images[:0], np.zeros(0, np.int64)
+    return Splits(images, none, none, "synthetic images")
+
+
+def synthetic_images(mod: IRModule, seed: int) -> np.ndarray:
+    """Images (n, C, H, W) for a model that came without data."""
+    return dead_leaves(_image_shape(mod), SYNTHETIC_IMAGES, seed=seed)
+
+
+def _image_shape(mod: IRModule) -> tuple[int, int, int]:
+    channels, height, width = (int(d) for d in list(mod["main"].params[0].ty.shape)[1:])
+    return channels, height, width
+
+
+@contextmanager
+def opened(request: Request, profile: Profile) -> Iterator[tuple[Device, LatencyOracle]]:
+    """The device of a request, and an oracle for it."""
+    cache, threads = request.cache or cache_folder(), request.threads
+    with (
+        open_device(profile, request.connection, threads=threads, cache_dir=cache) as device,
+        LatencyOracle(
+            device.profile, cache_dir=cache, trials=request.trials, threads=threads, bench=device.devices
+        ) as oracle,
+    ):
+        yield device, oracle
+
+
+def delivery_of(request: Request, mod: IRModule, device: Device, splits: Splits | None) -> Delivery:
+    """What a bundle is made for."""
+    profile = device.profile
+    return Delivery(
+        out=request.out,
+        model=request.model or EXAMPLE,
+        input_shape=(request.batch, *_image_shape(mod)),
+        target={"name": profile.name, **profile.target, "num-cores": request.threads},
+        data=None if splits is None else {"source": splits.name, "mean": request.mean, "std": request.std},
+        device=device,
+    )
+
+
+def load_inputs(request: Request) -> tuple[IRModule, Splits | None]:
+    """The canonical module and the checked data of a search; None if the model comes without data."""
     if request.model is None and request.data is not None:
         raise UserError("--data without --model; name the model that the data belongs to")
-    if request.model is not None and request.data is None:
-        raise UserError("--model without --data; give file.py:factory, a .npz or a folder (see --help)")
     mod = load_model(request)
-    return mod, load_data_of(request, mod)
+    return mod, None if request.model is not None and request.data is None else load_data_of(request, mod)
 
 
 def load_model(request: Request) -> IRModule:
@@ -139,13 +206,11 @@ def load_model(request: Request) -> IRModule:
 def load_data_of(request: Request, mod: IRModule) -> Splits:
     """The data of a request, checked against its model's input and output shapes."""
     function = mod["main"]
-    channels, height, width = (int(d) for d in list(function.params[0].ty.shape)[1:])
     classes = int(function.ret_ty.shape[-1]) if len(function.ret_ty.shape) == 2 else None
     if request.data is None:
         console.phase("no --data: using the bundled CIFAR-10 images")
-    return load_data(
-        request.data, input_shape=(channels, height, width), mean=request.mean, std=request.std, classes=classes
-    )
+    shape = _image_shape(mod)
+    return load_data(request.data, input_shape=shape, mean=request.mean, std=request.std, classes=classes)
 
 
 def _check_options(request: Request) -> None:
@@ -170,9 +235,9 @@ def _open_out(request: Request) -> Path:
     return out
 
 
-def _header(request: Request, mod: IRModule, splits: Splits, target: str) -> dict[str, Any]:
+def _header(request: Request, mod: IRModule, splits: Splits | None, target: str) -> dict[str, Any]:
     """What must be the same for a journal's results to be this search's."""
-    arrays = (splits.calibration, *splits.selection, *splits.evaluation)
+    arrays = () if splits is None else (splits.calibration, *splits.selection, *splits.evaluation)
     return {
         "model": _digest(constants(mod["main"]), text=mod.script()),
         "data": _digest(arrays),

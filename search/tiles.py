@@ -26,7 +26,7 @@ def register_tiles(space: Workload, *, lanes: int, registers: int) -> list[Tilin
         if vectors <= MAX_CHANNEL_VECTORS
         for positions in _positions(space.spatial[:-1], max(1, (registers - 1 - vectors) // vectors))
     ]
-    return sorted(tiles, key=lambda tiling: (_cost(tiling, lanes), -tiling.tile[-1], tiling.tile))
+    return sorted(tiles, key=lambda tiling: (tile_cost(tiling, lanes), -tiling.tile[-1], tiling.tile))
 
 
 def variants(tiling: Tiling, space: Workload) -> list[Tiling]:
@@ -66,7 +66,7 @@ def _distinct(tiles: list[Tiling], limit: int) -> Iterator[Tiling]:
     yield from late[:limit]
 
 
-def _cost(tiling: Tiling, lanes: int) -> float:
+def tile_cost(tiling: Tiling, lanes: int) -> float:
     """Estimated cycles per multiply-accumulate of a lane, with two FMAs and two loads per cycle."""
     positions, vectors = prod(tiling.tile[:-1]), tiling.tile[-1] // tiling.vector
     accumulators, loads = positions * vectors, positions + vectors

@@ -1,4 +1,4 @@
-"""How many milliseconds a site takes under a choice: measured where it matters, estimated between measurements."""
+"""How many milliseconds a site takes under a choice: measured where it matters, predicted elsewhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from tvm_lowrank.lower import Kernel, kernels, lower
 from tvm_lowrank.plan import Choice
 from tvm_lowrank.search.cache import Latency
 from tvm_lowrank.search.candidates import chain_specs, site_macs
+from tvm_lowrank.search.convolution import Convolution
 from tvm_lowrank.search.oracle import LatencyOracle
+from tvm_lowrank.search.surrogate import Surrogate
 from tvm_lowrank.transform import replace_sites, shape_chains
 
 
@@ -31,6 +33,8 @@ class SiteTimes:
         self._batch = batch
         self._target = oracle.profile.tvm_target(oracle.threads)
         self._kernels: dict[tuple[str, Choice], list[Kernel]] = {}
+        self._surrogate = Surrogate(lanes=oracle.profile.lanes, registers=oracle.profile.registers)
+        self._learnt = 0
         self._others: list[Kernel] = []
 
     def measure(self, wanted: Iterable[tuple[str, Choice]], *, check: Callable[[], None] = lambda: None) -> None:
@@ -56,12 +60,18 @@ class SiteTimes:
 
     def _tune(self, wanted: Iterable[Kernel], check: Callable[[], None] = lambda: None) -> None:
         unknown = {kernel.key: kernel for kernel in wanted if self._oracle.known(kernel.key) is None}
-        if unknown:
-            with console.progress(f"tuning {len(unknown)} kernels", len(unknown)) as advance:
-                for kernel in unknown.values():
-                    check()
-                    self._oracle.measure([kernel])
-                    advance(1)
+        if not unknown:
+            return
+        with console.progress(f"tuning {len(unknown)} kernels", len(unknown)) as advance:
+            before = 0
+
+            def report(done: int, _: int) -> None:
+                nonlocal before
+                check()
+                advance(done - before)
+                before = done
+
+            self._oracle.measure(unknown.values(), report)
 
     def _known(self, kernel: Kernel) -> Latency:
         known = self._oracle.known(kernel.key)
@@ -87,26 +97,57 @@ class SiteTimes:
         return None if any(time is None for time in times) else sum(time.ms for time in times if time is not None)
 
     def estimate(self, site: str, choice: Choice) -> float:
-        """Measured ms, or MACs at the ms a MAC of this site and method, interpolated between what was measured.
+        """`estimates` of one (site, choice)."""
+        return self.estimates({site: [choice]})[site, choice]
 
-        Where the method was not measured at this site, its MACs take as long as the dense convolution's.
+    def estimates(self, wanted: Mapping[str, Iterable[Choice]]) -> dict[tuple[str, Choice], float]:
+        """Milliseconds of every (site, choice): measured where that was done, else an optimistic prediction.
+
+        A prediction is the surrogate's, times the factor by which it is off where the same method was measured at
+        this site; between several such points the factor is interpolated over the MACs. It is lowered by the
+        surrogate's uncertainty, so that a candidate that may be the best is chosen, and then measured.
         """
-        exact = self.measured(site, choice)
-        if exact is not None:
+        pairs = [(site, choice) for site, choices in wanted.items() for choice in choices]
+        exact = {pair: ms for pair in pairs if (ms := self.measured(*pair)) is not None}
+        unknown = [pair for pair in pairs if pair not in exact]
+        if not unknown:
             return exact
-        here = self._sites[site]
-        points = sorted(
-            (macs, time / macs)
-            for (name, other) in self._kernels
-            if name == site and other.method == choice.method
-            if (time := self.measured(site, other)) is not None
-            for macs in [site_macs(here, other)]
-        )
-        macs = site_macs(here, choice)
-        if points:
-            known, costs = zip(*points, strict=True)
-            return macs * float(np.interp(macs, known, costs))
-        dense = self.measured(site, Choice())
-        if dense is None:
-            raise ValueError(f"site {site!r} has not been measured")
-        return macs * dense / here.macs
+        known = [pair for pair in self._kernels if pair[0] in wanted and self.measured(*pair) is not None]
+        if not known:
+            raise ValueError(f"none of the sites {', '.join(wanted)} has been measured")
+        middle, low = self._predict([*unknown, *known])
+        predicted = dict(zip([*unknown, *known], middle, strict=True))
+        optimistic = dict(zip(unknown, low, strict=False))
+        factors: dict[tuple[str, str], list[tuple[int, float]]] = {}
+        for site, choice in known:
+            off = float(np.log(self.measured(site, choice) / predicted[site, choice]))
+            factors.setdefault((site, choice.method), []).append((site_macs(self._sites[site], choice), off))
+        for site, choice in unknown:
+            points = sorted(factors.get((site, choice.method), [(1, 0.0)]))
+            known_macs, known_factors = zip(*points, strict=True)
+            factor = float(np.exp(np.interp(site_macs(self._sites[site], choice), known_macs, known_factors)))
+            exact[site, choice] = optimistic[site, choice] * factor
+        return exact
+
+    def _predict(self, pairs: Sequence[tuple[str, Choice]]) -> tuple[np.ndarray, np.ndarray]:
+        """The surrogate's milliseconds of every (site, choice), and those less its uncertainty.
+
+        It learns from all that is known of the target first.
+        """
+        measured = self._oracle.convolutions()
+        if len(measured) != self._learnt:
+            self._surrogate.fit([conv for conv, _ in measured], [ms for _, ms in measured])
+            self._learnt = len(measured)
+        convs, owners = [], []
+        for owner, (name, choice) in enumerate(pairs):
+            site = self._sites[name]
+            size = site.size
+            for spec in chain_specs(site, choice):
+                convs.append(Convolution.of(spec, size, self._batch))
+                owners.append(owner)
+                size = spec.output_size(size)
+        ms, unsure = self._surrogate.predict(convs)
+        totals, low = np.zeros(len(pairs)), np.zeros(len(pairs))
+        np.add.at(totals, owners, ms)
+        np.add.at(low, owners, ms * np.exp(-unsure))
+        return totals, low

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import struct
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import IO, Any
 
 HEADER = struct.Struct("<Q")
 SAMPLE_SECONDS = 0.004  # a sample averages this much running time, far above the clock's resolution
+Argument = tuple[list[int], str]  # shape, data type
 
 
 def send(stream: IO[bytes], message: object) -> None:
@@ -34,10 +36,33 @@ def receive(stream: IO[bytes]) -> Any:
     return pickle.loads(stream.read(HEADER.unpack(header)[0]))
 
 
-Timer = Callable[[int, bool], float]
+Timer = Callable[[int, int], Sequence[float]]
+"""(runs, samples) to the seconds of one run, each sample the mean of so many runs."""
 
 
-def _timer(evaluator: Callable[[int], Callable[..., Any]], arguments: list[Any]) -> Timer:
+def sample(timer: Timer, seconds: float) -> list[float]:
+    """Seconds of one run: several samples that take about ``seconds`` together."""
+    once = min(timer(1, 2))
+    number = max(1, round(SAMPLE_SECONDS / once))
+    return list(timer(number, max(1, min(50, round(seconds / (number * once))))))
+
+
+def compiled(source: str, tiling: dict[str, Any] | None, target: str, threads: int) -> tuple[Any, list[Argument]]:
+    """Schedule and compile a kernel (``Kernel.func`` as JSON): the library, and what its function ``main`` takes."""
+    import tvm
+    from tvm.s_tir.transform import RemoveWeightLayoutRewriteBlock
+
+    from tvm_lowrank import schedule
+
+    goal = tvm.ir.load_json(target)
+    choice = None if tiling is None else schedule.Tiling.from_json(tiling)
+    func = schedule.apply(tvm.ir.load_json(source), choice, lanes=schedule.target_lanes(goal), threads=threads)
+    func = RemoveWeightLayoutRewriteBlock(skip_tensor_rewrite=True)(func)
+    arguments = [([int(d) for d in p.shape], str(p.dtype)) for p in func["main"].params]
+    return tvm.tirx.build(func, target=goal), arguments
+
+
+def _timer(evaluator: Callable[[int], Callable[..., Any]], arguments: list[Any]) -> Callable[[int, bool], float]:
     """Seconds per run of ``number`` runs, by the wall clock or by this thread's processor time."""
 
     def measure(number: int, cpu: bool) -> float:
@@ -54,29 +79,38 @@ class Session:
     """What the process keeps between requests: compiled kernels and loaded models."""
 
     def __init__(self) -> None:
-        self.timers: dict[int, Timer] = {}
+        # number of runs, whether to count processor time: seconds of one run
+        self.timers: dict[int, Callable[[int, bool], float]] = {}
 
     def build(self, handle: int, source: str, tiling: dict[str, Any] | None, target: str, threads: int) -> None:
         """Schedule, compile and run a kernel once."""
         import numpy as np
         import tvm
-        from tvm.s_tir.transform import RemoveWeightLayoutRewriteBlock
 
-        from tvm_lowrank import schedule
-
-        goal = tvm.ir.load_json(target)
-        choice = None if tiling is None else schedule.Tiling.from_json(tiling)
-        func = tvm.ir.load_json(source)
-        func = schedule.apply(func, choice, lanes=schedule.target_lanes(goal), threads=threads)
-        func = RemoveWeightLayoutRewriteBlock(skip_tensor_rewrite=True)(func)
-        library = tvm.tirx.build(func, target=goal)
+        library, parameters = compiled(source, tiling, target, threads)
         generator = np.random.default_rng(0)
         arguments = [
-            tvm.runtime.tensor(generator.random([int(d) for d in p.shape], dtype=np.float32).astype(str(p.dtype)))
-            for p in func["main"].params
+            tvm.runtime.tensor(generator.random(shape, dtype=np.float32).astype(dtype)) for shape, dtype in parameters
         ]
         library["main"](*arguments)
         self.timers[handle] = _timer(lambda n: library.time_evaluator("main", tvm.cpu(), number=n), arguments)
+
+    def export(
+        self,
+        path: str,
+        source: str,
+        tiling: dict[str, Any] | None,
+        target: str,
+        threads: int,
+        compiler: str,
+        options: Sequence[str],
+    ) -> list[Argument]:
+        """Schedule and compile a kernel to a shared library for another machine; what its ``main`` takes."""
+        from tvm.support.cc import cross_compiler
+
+        library, parameters = compiled(source, tiling, target, threads)
+        library.export_library(path, fcompile=cross_compiler(compiler, list(options)))
+        return parameters
 
     def load(self, handle: int, path: str, x: Any) -> None:
         """Load a compiled model and run it once on x."""
@@ -96,21 +130,25 @@ class Session:
         show on an idle core, if everything runs in this one thread.
         """
         timer = self.timers[handle]
-        once = min(timer(1, False), timer(1, False))
-        number = max(1, round(SAMPLE_SECONDS / once))
-        repeat = max(1, min(50, round(seconds / (number * once))))
-        return [timer(number, cpu) for _ in range(repeat)]
+        return sample(lambda number, repeat: [timer(number, cpu) for _ in range(repeat)], seconds)
 
     def forget(self) -> None:
         """Free everything built or loaded."""
         self.timers.clear()
 
 
-def main() -> None:
+def one_line(error: BaseException) -> str:
+    """An error's type and message, without the line breaks that compilers and TVM put into theirs."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def serve(session: object) -> None:
+    """Answer requests, each the name of a method and its arguments, until the other side is gone."""
+    # Ctrl-C reaches this process too, but the other side decides what becomes of it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # whatever a library prints must not end up between the messages
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    session = Session()
     while True:
         try:
             operation, arguments = receive(sys.stdin.buffer)
@@ -119,9 +157,9 @@ def main() -> None:
         try:
             result: tuple[bool, Any] = (True, getattr(session, operation)(*arguments))
         except Exception as error:
-            result = (False, f"{type(error).__name__}: {error}")
+            result = (False, one_line(error))
         send(answers, result)
 
 
 if __name__ == "__main__":
-    main()
+    serve(Session())

@@ -60,6 +60,7 @@ def manifest(splits: Any, dense: np.ndarray, compressed: np.ndarray) -> dict[str
             "drop": drop,
             "ci95": ci95,
             "looks": 1,
+            "on_device": 1,
         },
         "latency_ms": {"dense": quantiles, "compressed": quantiles, "threads": 1, "batch": BATCH, "how": "measured"},
         "speedup": np.float32(1.5),

@@ -19,6 +19,7 @@ from tvm.ir import IRModule
 
 from support import models
 from tvm_lowrank.bridge import TorchBridge
+from tvm_lowrank.epilogue import epilogue
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.graph import find_sites
 from tvm_lowrank.importer import import_model, parse_input_shape
@@ -80,7 +81,7 @@ def test_torch_route(name: str, imported: Callable) -> None:
             assert difference(bridge(x), run(model, x)) < 1e-5
     ids = [site.id for site in find_sites(mod)]
     assert len(set(ids)) == len(ids)
-    assert sorted(ids) == sorted(models.conv_paths(model) + SHARED.get(name, []))
+    assert sorted(ids) == sorted(models.site_paths(model) + SHARED.get(name, []))
     relax.analysis.well_formed(mod)
     assert "nn.batch_norm" not in mod.script()
     assert len(mod.functions) == 1 and len(mod["main"].body.blocks) == 1
@@ -124,11 +125,39 @@ def test_pt2_with_a_fixed_batch(name: str, imported: Callable, tmp_path: Path) -
 def test_batch_norm_folds_only_where_legal(imported: Callable) -> None:
     _, folded = imported("resnet18")
     text = folded.script()
-    assert text.count("nn.conv2d") == 20 and "multiply" not in text
+    assert text.count("nn.conv2d") == 21 and "multiply" not in text
     assert all(site.bias is not None for site in find_sites(folded))
     _, dense = imported("densenet")  # batch-norm in front of the convolution, and on a concatenation
     assert dense.script().count("R.multiply") == 4
-    assert [s.bias is not None for s in find_sites(dense)] == [False, *([True, False] * 3), True]
+    assert [s.bias is not None for s in find_sites(dense)] == [False, *([True, False] * 3), True, True]
+
+
+def test_linear_layers_are_1x1_convolutions() -> None:
+    """With what follows them as an epilogue, and no reshape between two of them."""
+    torch.manual_seed(0)
+    hidden = [nn.Linear(32, 24), nn.BatchNorm1d(24), nn.Hardswish(), nn.Dropout(), nn.Linear(24, 16, bias=False)]
+    head = [nn.AdaptiveAvgPool2d(2), nn.Flatten(), *hidden, nn.GELU(), nn.Linear(16, 5)]
+    model = models.randomised(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), *head)).eval()
+    mod = import_model(model, input_shape=(1, 3, 8, 8))
+    sites = find_sites(mod)
+    assert [(s.id, s.spec.in_channels, s.spec.out_channels, s.size) for s in sites[1:]] == [
+        ("4", 32, 24, (1, 1)),
+        ("8", 24, 16, (1, 1)),
+        ("10", 16, 5, (1, 1)),
+    ]
+    assert [s.bias is not None for s in sites] == [True, True, False, True]
+    assert mod.script().count("R.reshape") == 3  # flatten, to an image, and back at the end
+    first, second = (epilogue(mod["main"], s.id) for s in sites[1:3])
+    assert first.activation is not None and "clip" in first.activation.name
+    assert second.activation is not None and second.activation.name == "nn.gelu"
+    x = torch.randn(3, 3, 8, 8)
+    with torch.no_grad():
+        assert difference(TorchBridge(mod)(x), model(x)) < 1e-5
+
+
+def test_products_of_more_than_one_row_an_image_stay() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(2), nn.Linear(36, 4), nn.Flatten(), nn.Linear(32, 3))
+    assert [s.id for s in find_sites(import_model(model, input_shape=(1, 3, 8, 8)))] == ["0", "4"]
 
 
 class Reused(nn.Module):
@@ -200,7 +229,7 @@ def test_the_model_keeps_its_mode() -> None:
 
 
 def test_factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(find_sites(import_model("tvm_lowrank.example:network", input_shape=(1, 3, 32, 32)))) == 8
+    assert len(find_sites(import_model("tvm_lowrank.example:network", input_shape=(1, 3, 32, 32)))) == 9
     (tmp_path / "neighbour.py").write_text("WIDTH = 5\n")
     (tmp_path / "net.py").write_text(
         "from neighbour import WIDTH\nfrom torch import nn\ndef make():\n    return nn.Conv2d(3, WIDTH, 1)\n"
@@ -263,7 +292,7 @@ MODULE_ERRORS = {
     "nan": (lambda: broken(float("nan")), (1, 3, 8, 8), ["'1'", "NaN"]),
     "inf": (lambda: broken(float("inf")), (1, 3, 8, 8), ["'1'", "NaN or inf"]),
     "double": (lambda: nn.Conv2d(3, 4, 3).double(), (1, 3, 8, 8), ["float64", "float32"]),
-    "no convolution": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), (1, 3, 2, 2), ["no 2-D convolution"]),
+    "no layer": (lambda: nn.Sequential(nn.MaxPool2d(2), nn.Flatten()), (1, 3, 2, 2), ["no 2-D convolution"]),
     "batch mixed in": (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(0, 1)), (1, 3, 2, 2), ["batch"]),
 }
 

@@ -67,5 +67,5 @@ def test_ranks_are_possible(name: str) -> None:
 
 
 def test_every_plan_is_tested() -> None:
-    tested = {"vgg16_wang_cheng", "vgg16_zhang_4x", "vgg16_tai", "vgg16_dac_r4", *OTHERS}
+    tested = {"vgg16_wang_cheng", "vgg16_zhang_4x", "vgg16_tai", "vgg16_dac_r4", "example_kim", *OTHERS}
     assert {path.stem for path in PLANS.glob("*.json")} == tested

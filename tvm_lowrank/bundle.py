@@ -1,12 +1,12 @@
 """The bundle: the directory that is shipped, written piece by piece, read and run again.
 
 ``model.so`` (compressed) and ``dense.so`` have one function ``main(x)`` for a fixed batch; ``plan.json`` says what
-became of every site; ``manifest.json`` (schema 1, written last) describes the
-rest (``accuracy`` and ``data`` are null if there was no data):
+became of every site; ``manifest.json`` (schema 1, written last) describes the rest
+(``accuracy`` and ``data`` are null if there was no data):
 
     schema, versions, model, target, budget (points), input_shape ([N, C, H, W] of the libraries),
     data: {source, mean, std, evaluation_sha256},
-    accuracy (percent): {metric, n, dense, compressed, drop, ci95: [low, high], looks},
+    accuracy (percent): {metric, n, dense, compressed, drop, ci95: [low, high], looks, on_device (of n)},
     latency_ms: {dense: {median, p10, p90}, compressed: {…}, threads, batch, how}, speedup,
     sites: [{id, method, rank, ms, dense_ms, macs, dense_macs, reason}],
     seconds: {phase: s of the last run}, files: {name: SHA-256}
@@ -48,7 +48,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "budget": (),
     "input_shape": (),
     "data": ("source", "mean", "std", "evaluation_sha256"),
-    "accuracy": ("metric", "n", "dense", "compressed", "drop", "ci95", "looks"),
+    "accuracy": ("metric", "n", "dense", "compressed", "drop", "ci95", "looks", "on_device"),
     "latency_ms": ("dense", "compressed", "threads", "batch", "how"),
     "speedup": (),
     "sites": (),
@@ -122,7 +122,7 @@ def find_compiler(cc: str | None = None) -> str:
     return str(compiler)
 
 
-def export_library(executable: Executable, path: Path, *, cc: str | None = None) -> None:
+def export_library(executable: Executable, path: Path, *, cc: str | None = None, options: Sequence[str] = ()) -> None:
     """Link a compiled module to the shared library ``path``; ``cc`` is the C++ compiler of the target.
 
     Raises
@@ -134,13 +134,14 @@ def export_library(executable: Executable, path: Path, *, cc: str | None = None)
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
             linked = Path(folder) / path.name
-            executable.export_library(str(linked), cc=compiler)
+            executable.export_library(str(linked), cc=compiler, options=list(options))
             os.replace(linked, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; free space or choose another --out") from error
     except RuntimeError as error:  # the compiler's output
-        last = str(error).strip().splitlines()[-1]
-        raise UserError(f"{compiler} cannot link {path.name}: {last}; check the compiler") from error
+        lines = str(error).strip().splitlines()
+        why = next((line for line in lines if "error" in line.lower() and "Compilation error" not in line), lines[-1])
+        raise UserError(f"{compiler} cannot link {path.name}: {why}; check the compiler") from error
 
 
 def versions() -> dict[str, str]:
@@ -252,12 +253,7 @@ def load(directory: str | Path, *, which: Which = "model", threads: int | None =
     """
     folder = Path(directory)
     manifest = read_manifest(folder)
-    path = folder / f"{which}.so"
-    if not path.is_file():
-        raise UserError(f"{folder} has no {path.name}; run the search again")
-    # the loader does not survive a truncated library: look before it does
-    if _sha256(path) != manifest["files"].get(path.name):
-        raise UserError(f"{path} is not the file that {MANIFEST} describes; copy the bundle or run the search again")
+    path = library(folder, manifest, which)
     if threads is not None:
         if threads < 1:
             raise UserError(f"{threads} threads are not possible; give at least 1")
@@ -269,6 +265,23 @@ def load(directory: str | Path, *, which: Which = "model", threads: int | None =
         os.sched_setaffinity(0, cores)
     batch, channels, height, width = manifest["input_shape"]
     return CompiledModel(path, (batch, channels, height, width), manifest=manifest)
+
+
+def library(directory: Path, manifest: Mapping[str, Any], which: Which = "model") -> Path:
+    """The path of one of a bundle's libraries, which is the file that the manifest describes.
+
+    Raises
+    ------
+    UserError
+        If it is missing or another file.
+    """
+    path = directory / f"{which}.so"
+    if not path.is_file():
+        raise UserError(f"{directory} has no {path.name}; run the search again")
+    # the loader does not survive a truncated library: look before it does
+    if _sha256(path) != manifest["files"].get(path.name):
+        raise UserError(f"{path} is not the file that {MANIFEST} describes; copy the bundle or run the search again")
+    return path
 
 
 def evaluate(

@@ -1,4 +1,4 @@
-"""Input statistics of every site, gathered by running calibration images through the torch bridge."""
+"""Statistics of every site, gathered by running calibration images through the torch bridge."""
 
 from __future__ import annotations
 
@@ -95,6 +95,49 @@ def collect_moments(
         covariance = (products[name] / count).numpy() - mean[:, :, None] * mean[:, None, :]
         moments[name] = Moments(mean, covariance)
     return moments
+
+
+def collect_fisher(
+    bridge: TorchBridge,
+    sites: Sequence[Site],
+    images: np.ndarray,
+    *,
+    batch: int = 100,
+    seed: int = 0,
+    advance: Callable[[int], object] = lambda done: None,
+) -> dict[str, np.ndarray]:
+    """Fisher information of the outputs of each site, (N, N): per image, summed over output positions.
+
+    Class scores (n, classes) are taken as logits, and the classes are drawn from the network's own probabilities: no
+    labels are used. Any other output counts as the mean of a Gaussian of variance 1.
+
+    Parameters
+    ----------
+    images : float32 NCHW.
+    advance : called with the number of images done after each batch.
+    """
+    wanted = {site.id for site in sites}
+    generator = torch.Generator().manual_seed(seed)
+    sums: dict[str, Tensor] = {}
+    for start in range(0, len(images), batch):
+        chunk = torch.from_numpy(images[start : start + batch]).requires_grad_(True)
+        outputs: dict[str, Tensor] = {}
+
+        def tap(name: str, _: Tensor, output: Tensor, outputs: dict[str, Tensor] = outputs) -> None:
+            if name in wanted:
+                outputs[name] = output
+
+        answer = bridge(chunk, tap=tap)
+        if answer.dim() == 2:
+            classes = torch.multinomial(answer.detach().softmax(dim=1), 1, generator=generator)[:, 0]
+            loss = F.cross_entropy(answer, classes, reduction="sum")
+        else:
+            loss = (answer * torch.randn(answer.shape, generator=generator)).sum()
+        for name, gradient in zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True):
+            product = torch.einsum("nchw,ndhw->cd", gradient, gradient).double()
+            sums[name] = sums[name] + product if name in sums else product
+        advance(len(chunk))
+    return {name: (total / len(images)).numpy() for name, total in sums.items()}
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ front, a site's id as the name of the variable that its convolution is bound to.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from tvm.ir import Call, GenericConst, IRModule, Op, Tuple, TupleGetItem
 
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.graph import ADD, CONV2D
+from tvm_lowrank.linear import as_convolutions
 from tvm_lowrank.nodes import MULTIPLY, Node, assembled, check_constants, fold_scaling, live, named, op_name
 from tvm_lowrank.torch_nn import OPERATORS
 
@@ -25,18 +26,21 @@ _PAD = Op.get("relax.nn.pad")
 _RESHAPES = {"relax.reshape", "relax.broadcast_to"}
 
 
-def canonicalise(mod: IRModule, conv_ids: Sequence[str | None]) -> IRModule:
+def canonicalise(
+    mod: IRModule, conv_ids: Sequence[str | None], linear_ids: Mapping[str, str | None] | None = None
+) -> IRModule:
     """The canonical module of a frontend's module with one function ``main``.
 
     Parameters
     ----------
     conv_ids : the wanted id of each ``relax.nn.conv2d``, in order; None is numbered.
+    linear_ids : the wanted id of a linear layer by `tvm_lowrank.linear.weight_digest`.
 
     Raises
     ------
     UserError
-        If the function has several inputs or outputs, types other than float32, weights that are not finite, no
-        convolution, or a batch size that cannot be made symbolic.
+        If the function has several inputs or outputs, types other than float32, weights that are not finite, neither a
+        convolution nor a linear layer, or a batch size that cannot be made symbolic.
     """
     function = mod["main"]
     parameter, batch = _parameter(function)
@@ -45,11 +49,16 @@ def canonicalise(mod: IRModule, conv_ids: Sequence[str | None]) -> IRModule:
         for binding in block.bindings:
             simplified.visit(binding)
     result = simplified.result(function.body.body)
-    nodes = live(named(simplified.nodes, conv_ids), result)
+    convs = [node.var for node in simplified.nodes if isinstance(node.call, Call) and node.call.op == CONV2D]
+    wanted = dict(zip(convs, conv_ids, strict=True)) if len(conv_ids) == len(convs) else {}
+    nodes, linear = as_convolutions(simplified.nodes, batch, linear_ids or {})
+    nodes = live(named(nodes, {**wanted, **linear}), result)
     nodes, result = fold_scaling(nodes, result)
     check_constants(nodes)
     if not any(node.site for node in nodes):
-        raise UserError("the model has no 2-D convolution with constant weights; there is nothing to compress")
+        raise UserError(
+            "the model has no 2-D convolution or linear layer with constant weights; there is nothing to compress"
+        )
     return assembled(parameter, nodes, result)
 
 

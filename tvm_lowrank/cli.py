@@ -11,6 +11,7 @@ import typer
 
 from tvm_lowrank import console
 from tvm_lowrank.errors import MeasurementError, UserError
+from tvm_lowrank.targets import commands
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,6 +20,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Make a trained CNN faster on your device by low-rank decomposition, within an accuracy budget.",
 )
+
+commands.mount(app)
 
 Model = Annotated[str | None, typer.Option(help="file.py:factory, pkg.module:factory, model.pt2 or model.onnx.")]
 InputShape = Annotated[str | None, typer.Option(help="The model's input, e.g. 1,3,224,224 (for a factory).")]
@@ -34,7 +37,19 @@ Std = Annotated[str | None, typer.Option(help="Standard deviation of each channe
 Target = Annotated[str, typer.Option(help="A device profile, by name (x86) or as a .toml file.")]
 Threads = Annotated[int, typer.Option(help="Threads that the library runs with.")]
 Trials = Annotated[int, typer.Option(help="Schedules tried for each kernel.")]
-Cache = Annotated[Path | None, typer.Option(help="Folder of measurements [default: $TVM_LOWRANK_CACHE or ~/.cache].")]
+Cache = Annotated[Path | None, typer.Option(help="Folder of measurements (else $TVM_LOWRANK_CACHE or ~/.cache).")]
+Tracker = Annotated[
+    str | None,
+    typer.Option(
+        "--rpc-tracker", help="HOST:PORT of the boards' RPC tracker (else $TVM_TRACKER_HOST:$TVM_TRACKER_PORT)."
+    ),
+]
+Key = Annotated[
+    str | None,
+    typer.Option("--rpc-key", envvar="TVM_TRACKER_KEY", help="The boards' key at the tracker (else the target's)."),
+]
+Emulate = Annotated[bool, typer.Option("--emulate", help="Use emulated boards; their times mean nothing.")]
+BundleTarget = Annotated[str | None, typer.Option("--target", help="A device profile (else the manifest's).")]
 Bundle = Annotated[Path, typer.Argument(help="The folder that search wrote.")]
 
 
@@ -43,6 +58,9 @@ def search(
     out: Annotated[Path, typer.Option(help="Folder for the bundle and the journal.")] = Path("bundle"),
     budget: Annotated[str, typer.Option(help="Accuracy that may be lost, in points: 1% or 0.5%.")] = "1%",
     target: Target = "x86",
+    rpc_tracker: Tracker = None,
+    rpc_key: Key = None,
+    emulate: Emulate = False,
     model: Model = None,
     input_shape: InputShape = None,
     data: Data = None,
@@ -69,6 +87,9 @@ def search(
     fitted to the dense network on unlabelled calibration images, and must keep the budget on the selection images. The
     compiled library is then checked on the evaluation images, which no decision looked at.
 
+    With --model but without --data, synthetic images stand in for the calibration images. The plan is then chosen by
+    predicted damage (0.01 nats for each point of the budget), and the accuracy is not measured.
+
     Interrupted? Run the same command again with --resume.
     """
     from tvm_lowrank.importer import parse_input_shape
@@ -86,6 +107,7 @@ def search(
         std=_numbers(std, "--std"),
         metric=metric,
         target=target,
+        connection=run.Connection(rpc_tracker, rpc_key, emulate),
         trials=trials,
         threads=threads,
         batch=batch,
@@ -107,6 +129,9 @@ def decompose(
     model: Annotated[str | None, typer.Argument(help="As --model of search; none is the bundled example.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the bundle.")] = Path("bundle"),
     target: Target = "x86",
+    rpc_tracker: Tracker = None,
+    rpc_key: Key = None,
+    emulate: Emulate = False,
     input_shape: InputShape = None,
     data: Data = None,
     mean: Mean = None,
@@ -121,12 +146,12 @@ def decompose(
 ) -> None:
     """Apply an explicit plan to a model, build it, and measure it.
 
-    With --data the chains are fitted to the calibration images and the accuracy is measured; without, they are
-    computed from the weights alone, and only the latency is.
+    With --data the chains are fitted to the calibration images and the accuracy is measured; without, synthetic
+    images stand in, and only the latency is measured.
     """
     from tvm_lowrank.importer import parse_input_shape
     from tvm_lowrank.search.apply import apply_plan
-    from tvm_lowrank.search.run import Request
+    from tvm_lowrank.search.run import Connection, Request
     from tvm_lowrank.verify import print_manifest
 
     request = Request(
@@ -138,6 +163,7 @@ def decompose(
         std=_numbers(std, "--std"),
         metric=metric,
         target=target,
+        connection=Connection(rpc_tracker, rpc_key, emulate),
         trials=trials,
         threads=threads,
         batch=batch,
@@ -154,6 +180,9 @@ def inspect(
     model: Annotated[str | None, typer.Argument(help="As --model of search; none is the bundled example.")] = None,
     input_shape: InputShape = None,
     target: Target = "x86",
+    rpc_tracker: Tracker = None,
+    rpc_key: Key = None,
+    emulate: Emulate = False,
     threads: Threads = 1,
     trials: Trials = 12,
     cache: Cache = None,
@@ -161,34 +190,104 @@ def inspect(
     """List a model's sites: id, shape, MACs, and share of the time of the tuned dense network."""
     from tvm_lowrank.importer import parse_input_shape
     from tvm_lowrank.search.inspect import print_sites
+    from tvm_lowrank.search.run import Connection, Request
 
+    print_sites(
+        Request(
+            out=Path(),
+            model=model,
+            input_shape=None if input_shape is None else parse_input_shape(input_shape),
+            target=target,
+            connection=Connection(rpc_tracker, rpc_key, emulate),
+            threads=threads,
+            trials=trials,
+            cache=cache,
+        )
+    )
+
+
+@app.command()
+def suggest(
+    model: Annotated[str | None, typer.Argument(help="As --model of search; none is the bundled example.")] = None,
+    input_shape: InputShape = None,
+    out: Annotated[Path, typer.Option(help="The plan to write.")] = Path("plan.json"),
+    weakening: Annotated[float, typer.Option(help="From the estimated ranks (0) towards the full ones (1).")] = 0.0,
+) -> None:
+    """Estimate ranks from the weights alone (Tucker-2, variational Bayes: Kim et al. 2016) and write them as a plan.
+
+    Give the plan to `tvm_lowrank decompose`. No accuracy is implied: `search` chooses ranks by what they cost there.
+    """
+    from tvm_lowrank.graph import find_sites
+    from tvm_lowrank.importer import parse_input_shape
+    from tvm_lowrank.search.run import Request, load_model
+    from tvm_lowrank.suggest import write_suggestion
+
+    if not 0 <= weakening <= 1:
+        raise UserError(f"--weakening {weakening} is outside 0..1")
     shape = None if input_shape is None else parse_input_shape(input_shape)
-    print_sites(model, input_shape=shape, target=target, threads=threads, trials=trials, cache=cache)
+    write_suggestion(find_sites(load_model(Request(out=out, model=model, input_shape=shape))), out, weakening=weakening)
 
 
 @app.command()
 def bench(
     directory: Bundle,
     rounds: Annotated[int, typer.Option(help="Interleaved measurements of each library.")] = 30,
-    threads: Annotated[int | None, typer.Option(help="Threads [default: those of the manifest].")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads (else those of the manifest).")] = None,
+    target: BundleTarget = None,
+    rpc_tracker: Tracker = None,
+    rpc_key: Key = None,
+    emulate: Emulate = False,
+    cache: Cache = None,
 ) -> None:
-    """Measure the latency of a bundle's two libraries again, interleaved in one run."""
-    from tvm_lowrank.search.deliver import end_to_end
+    """Measure the latency of a bundle's two libraries again, interleaved in one run, on the device it is for."""
+    from tvm_lowrank.search.deliver import measure_again
+    from tvm_lowrank.search.device import Connection, device_of
+    from tvm_lowrank.targets.toolchain import cache_folder
     from tvm_lowrank.verify import print_latency
 
     if rounds < 1:
         raise UserError(f"--rounds {rounds} is not possible; give at least 1")
-    latency, speedup = end_to_end(directory, rounds=rounds, threads=threads)
+    connection = Connection(rpc_tracker, rpc_key, emulate)
+    with device_of(directory, target, connection, threads=threads, cache_dir=cache or cache_folder()) as device:
+        latency, speedup = measure_again(directory, device, rounds=rounds)
     print_latency(latency, speedup)
 
 
 @app.command()
-def verify(directory: Bundle, data: Data = None, mean: Mean = None, std: Std = None) -> None:
-    """Measure the accuracy of a bundle's two libraries again; exits with 1 when it is not the manifest's."""
+def verify(
+    directory: Bundle,
+    data: Data = None,
+    mean: Mean = None,
+    std: Std = None,
+    images: Annotated[int | None, typer.Option(help="Look at so many images only.")] = None,
+    target: BundleTarget = None,
+    rpc_tracker: Tracker = None,
+    rpc_key: Key = None,
+    emulate: Emulate = False,
+    cache: Cache = None,
+) -> None:
+    """Measure the accuracy of a bundle's two libraries again, on the device it is for.
+
+    Exits with 1 when it is not the manifest's; on other or fewer images, when the drop is over the budget.
+    """
+    from tvm_lowrank.search.device import Connection, device_of
+    from tvm_lowrank.targets.toolchain import cache_folder
     from tvm_lowrank.verify import print_verification
     from tvm_lowrank.verify import verify as repeat
 
-    result = repeat(directory, data=data, mean=_numbers(mean, "--mean"), std=_numbers(std, "--std"))
+    if images is not None and images < 1:
+        raise UserError(f"--images {images} is not possible; give at least 1")
+    connection = Connection(rpc_tracker, rpc_key, emulate)
+    with device_of(directory, target, connection, cache_dir=cache or cache_folder()) as device:
+        result = repeat(
+            directory,
+            data=data,
+            mean=_numbers(mean, "--mean"),
+            std=_numbers(std, "--std"),
+            open_model=device.model,
+            chunk=device.chunk,
+            limit=images,
+        )
     print_verification(result)
     raise typer.Exit(0 if result.ok else 1)
 

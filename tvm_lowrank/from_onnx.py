@@ -18,6 +18,7 @@ from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter
 from tvm_lowrank.canonical import canonicalise, condense
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.from_torch import quietly
+from tvm_lowrank.linear import weight_digest
 
 # a batch that no other dimension of a network is likely to have, for graphs that TVM imports with a fixed one only
 _UNUSUAL_BATCH = 61
@@ -56,14 +57,14 @@ def from_onnx(model: onnx.ModelProto, input_shape: tuple[int, ...] | None = None
         raise UserError(
             f"the model returns {len(model.graph.output)} tensors ({outputs}); cut the graph so that it returns one"
         )
-    ids = _conv_ids(model.graph)
+    ids, linear_ids = _conv_ids(model.graph), _linear_ids(model.graph)
     if isinstance(shape[0], int) and shape[0] > 0:
-        return canonicalise(_imported(model, name, shape), ids)
+        return canonicalise(_imported(model, name, shape), ids, linear_ids)
     try:
-        return canonicalise(_imported(model, name, (tirx.Var("batch", "int64"), *shape[1:])), ids)
+        return canonicalise(_imported(model, name, (tirx.Var("batch", "int64"), *shape[1:])), ids, linear_ids)
     except UserError:
         # shape arithmetic that TVM cannot follow symbolically becomes constants when the batch is fixed
-        return canonicalise(_imported(model, name, (_UNUSUAL_BATCH, *shape[1:])), ids)
+        return canonicalise(_imported(model, name, (_UNUSUAL_BATCH, *shape[1:])), ids, linear_ids)
 
 
 def _input(graph: onnx.GraphProto, input_shape: tuple[int, ...] | None) -> tuple[str, tuple[Any, ...]]:
@@ -233,6 +234,18 @@ def _conv_ids(graph: onnx.GraphProto) -> list[str | None]:
     return [_conv_id(node) for node in graph.node if node.op_type == "Conv" and ranks.get(node.input[1], 4) == 4]
 
 
+def _linear_ids(graph: onnx.GraphProto) -> dict[str, str | None]:
+    """The ids of the linear layers, by weight."""
+    matrices = {w.name: w for w in graph.initializer if len(w.dims) == 2}
+    ids = {}
+    for node in graph.node:
+        if node.op_type in ("Gemm", "MatMul") and node.input[1] in matrices:
+            weight = numpy_helper.to_array(matrices[node.input[1]])
+            transposed = any(a.name == "transB" and a.i for a in node.attribute)
+            ids[weight_digest(weight if transposed else weight.T)] = _conv_id(node)
+    return ids
+
+
 def _conv_id(node: onnx.NodeProto) -> str | None:
     return _module_path(node) or _weight_path(node.input[1]) or _node_path(node.name)
 
@@ -242,8 +255,8 @@ def _module_path(node: onnx.NodeProto) -> str | None:
     notes = {p.key.removeprefix("pkg.torch.onnx."): p.value for p in node.metadata_props}
     try:
         scopes, classes = (ast.literal_eval(notes[key]) for key in ("name_scopes", "class_hierarchy"))
-        is_conv = str(classes[-2]).rsplit(".", 1)[-1].startswith("Conv")
-        return str(scopes[-2]) or None if is_conv else None
+        is_layer = str(classes[-2]).rsplit(".", 1)[-1].startswith(("Conv", "Linear"))
+        return str(scopes[-2]) or None if is_layer else None
     except (KeyError, ValueError, SyntaxError, IndexError, TypeError):
         return None
 

@@ -25,6 +25,7 @@ from tvm.relax.frontend.torch import from_exported_program
 from tvm_lowrank.bridge import TorchBridge
 from tvm_lowrank.canonical import canonicalise, condense
 from tvm_lowrank.errors import UserError
+from tvm_lowrank.linear import weight_digest
 
 T = TypeVar("T")
 
@@ -107,7 +108,7 @@ def _imported(program: ExportedProgram, input_shape: tuple[int, ...] | None) -> 
         return decomposed, mod
 
     decomposed, mod = quietly(decompose_and_import, _unsupported)
-    result = canonicalise(mod, _conv_ids(decomposed))
+    result = canonicalise(mod, _conv_ids(decomposed), _linear_ids(decomposed))
     _check_same(program, result)
     return result
 
@@ -185,6 +186,12 @@ def _conv_ids(program: ExportedProgram) -> list[str | None]:
             continue
         ids.append(_module_path(node) or _parameter_path(targets.get(getattr(node.args[1], "name", ""))))
     return ids
+
+
+def _linear_ids(program: ExportedProgram) -> dict[str, str | None]:
+    """The paths of the linear layers, by weight."""
+    matrices = {path: value for path, value in program.state_dict.items() if value.dim() == 2}
+    return {weight_digest(value.detach().numpy()): _parameter_path(path) for path, value in matrices.items()}
 
 
 def _module_path(node: fx.Node) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,14 +25,13 @@ class Node:
     site: str | None = None
 
 
-def named(nodes: Sequence[Node], conv_ids: Sequence[str | None]) -> list[Node]:
-    """Give each convolution its id: unique, numbered where there is none."""
+def named(nodes: Sequence[Node], wanted: Mapping[relax.Var, str | None]) -> list[Node]:
+    """Give each convolution the id that is wanted for it: made unique, numbered where there is none."""
     convs = [node for node in nodes if isinstance(node.call, Call) and node.call.op == CONV2D]
-    wanted = list(conv_ids) if len(conv_ids) == len(convs) else [None] * len(convs)
     taken: set[str] = set()
     ids = {}
-    for i, (node, name) in enumerate(zip(convs, wanted, strict=True), 1):
-        base = name or f"conv_{i}"
+    for i, node in enumerate(convs, 1):
+        base = wanted.get(node.var) or f"conv_{i}"
         ids[node.var] = base
         repeat = 2
         while ids[node.var] in taken:

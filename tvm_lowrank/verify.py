@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tvm_lowrank.bundle import evaluate, load, read_manifest
+import numpy as np
+
+from tvm_lowrank.bundle import CompiledModel, Which, evaluate, library, read_manifest
 from tvm_lowrank.console import phase, table
 from tvm_lowrank.data import IN_MEMORY, Stats, fingerprint, load_data
 from tvm_lowrank.errors import UserError
@@ -15,6 +17,7 @@ from tvm_lowrank.metric import accuracy, load_metric, paired_drop
 
 # a point is 0.01 of the images: this is far less than one image
 TOLERANCE = 1e-6
+OpenModel = Callable[[Path, tuple[int, int, int, int]], Callable[[np.ndarray], np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,19 @@ def verify(
     data: str | Path | Mapping[str, Any] | None = None,
     mean: Stats = None,
     std: Stats = None,
-    threads: int | None = None,
+    open_model: OpenModel = CompiledModel,
+    chunk: int = 64,
+    limit: int | None = None,
 ) -> Verification:
     """Measure the accuracy of a bundle's two libraries again.
 
-    ``data`` None repeats it on the data that the manifest names, with its mean and standard deviation.
+    Parameters
+    ----------
+    data : None repeats it on the data that the manifest names, with its mean and standard deviation.
+    open_model : makes a function of any number of images of a library and its input shape (N, C, H, W); for a device
+        that is not this machine, see `tvm_lowrank.search.device`.
+    chunk : images that such a function is given at once.
+    limit : look at so many images only.
 
     Raises
     ------
@@ -61,26 +72,30 @@ def verify(
         data, mean, std = (manifest["data"][key] for key in ("source", "mean", "std"))
         if data == IN_MEMORY:
             raise UserError(f"the data of {directory} was given in memory; name it with --data")
-    _, channels, height, width = manifest["input_shape"]
+    batch, channels, height, width = manifest["input_shape"]
     splits = load_data(data, input_shape=(channels, height, width), mean=mean, std=std)
     metric = load_metric(stated["metric"])
-    images, labels = splits.evaluation
+    images, labels = (part[:limit] for part in splits.evaluation)
     phase(f"accuracy of both libraries on {len(images)} images of {splits.name}")
-    dense = evaluate(load(directory, which="dense", threads=threads), images, labels, metric, description="dense")
-    compressed = evaluate(load(directory, threads=threads), images, labels, metric, description="compressed")
+
+    def judged(which: Which) -> np.ndarray:
+        model = open_model(library(directory, manifest, which), (batch, channels, height, width))
+        return evaluate(model, images, labels, metric, description=f"{which}.so", chunk=chunk)
+
+    dense, compressed = judged("dense"), judged("model")
     drop, ci95 = paired_drop(dense, compressed)
     same_data = fingerprint(splits.evaluation) == manifest["data"]["evaluation_sha256"]
     measured = {"dense": accuracy(dense), "compressed": accuracy(compressed), "drop": drop}
-    if same_data:
+    if same_data and len(images) == stated["n"]:
         ok = all(abs(measured[key] - stated[key]) <= TOLERANCE for key in measured)
         verdict = f"the accuracy is {'' if ok else 'NOT '}that of the manifest"
-    elif repeat:
+    elif repeat and not same_data:
         ok, verdict = False, f"the images or labels of {splits.name} have CHANGED since the search"
     else:
         budget = manifest["budget"]
         ok = budget is None or drop <= budget
         within = "not bounded by a budget" if budget is None else f"{'' if ok else 'NOT '}within {budget:g} points"
-        verdict = f"on these other images the drop is {within}"
+        verdict = f"on these {'first' if same_data else 'other'} images the drop is {within}"
     return Verification(**measured, ci95=ci95, n=len(images), stated=stated, ok=ok, verdict=verdict)
 
 
@@ -103,8 +118,9 @@ def print_verification(result: Verification) -> None:
 
 def print_manifest(manifest: Mapping[str, Any]) -> None:
     """A bundle's figures as tables: every site, the latency, the accuracy."""
+    how = manifest["latency_ms"]["how"]
     table(
-        "sites",
+        f"sites (times {how})",
         ("site", "became", "rank", "MACs", "of dense", "ms", "dense ms", "why"),
         [
             (
@@ -125,13 +141,16 @@ def print_manifest(manifest: Mapping[str, Any]) -> None:
         table("time spent", ("phase", "s"), [(name, f"{value:.0f}") for name, value in manifest["seconds"].items()])
     a = manifest["accuracy"]
     if a is None:
-        print("accuracy was not measured: no data")
+        damage = manifest.get("predicted_damage")
+        print("accuracy was not measured: no data" + (f"; predicted damage {damage:.4f} nats" if damage else ""))
         return
     table(
         f"accuracy ({a['metric']}, %), evaluation split, looked at {a['looks']} time{'s' if a['looks'] != 1 else ''}",
         ("images", "dense", "compressed", "drop", "95% interval"),
         [_accuracy(a["n"], a["dense"], a["compressed"], a["drop"], a["ci95"])],
     )
+    if a["on_device"] < a["n"]:
+        print(f"{a['on_device']} of the images ran on the device; PyTorch, which agrees with it, computed the others")
 
 
 def print_latency(latency_ms: Mapping[str, Any], speedup: float) -> None:

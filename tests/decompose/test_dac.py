@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -16,7 +18,8 @@ from support.factors import (
     kronecker_moments,
     least_by_als,
 )
-from tvm_lowrank.decompose import ConvSpec, chain_macs, dac
+from support.samples import columns, moments_of
+from tvm_lowrank.decompose import ConvSpec, chain_macs, dac, dac_solver
 from tvm_lowrank.decompose.chain import as_int
 
 RECIPES = {
@@ -47,9 +50,8 @@ def test_chain(name: str, spec: ConvSpec, share: float) -> None:
 
 @pytest.mark.parametrize("rank", [1, 2, 4])
 def test_data_norm(rank: int) -> None:
-    # `dac` keeps the filters of the weights, only its second factor is made for the data
-    check_data_norm(RECIPES["dac"], SPEC, rank, chosen=False)
-    check_data_norm(RECIPES["dac_out"], SPEC, rank)
+    for recipe in RECIPES.values():
+        check_data_norm(recipe, SPEC, rank)
 
 
 @pytest.mark.parametrize("rank", [1, 3])
@@ -66,6 +68,41 @@ def test_output_side_is_optimal_where_channels_and_taps_are_independent() -> Non
     moments, channels, taps = kronecker_moments(SPEC, "c", rng)
     whitened = np.linalg.cholesky(channels).T @ weight.reshape(16, 12, 9) @ np.linalg.cholesky(taps)
     assert dac.factorise_out(weight, SPEC, moments).error(rank) <= least_by_als(whitened, rank) * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+@pytest.mark.parametrize("case", ["3x3", "3x5 in 2 groups"])
+def test_every_sweep_lowers_the_error(name: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, rng = SPECS[case], np.random.default_rng(5)
+    weight, moments = rng.standard_normal(spec.weight_shape), moments_of(columns(spec, rng))
+    errors = []
+    for sweeps in (0, 1, 2, 4, 8):
+        monkeypatch.setattr(dac_solver, "SWEEPS", sweeps)
+        errors.append(RECIPES[name].factorise(weight, spec, moments).error(2))
+    assert all(after <= before for before, after in pairwise(errors))
+    assert errors[-1] < 0.95 * errors[0]
+
+
+def test_filters_of_a_single_channel_are_optimal() -> None:
+    spec, rng, rank = SPECS["one channel"], np.random.default_rng(6), 3
+    weight, moments = rng.standard_normal(spec.weight_shape), moments_of(columns(spec, rng))
+    whitened = weight.reshape(1, 20, 9) @ np.linalg.cholesky(moments.covariance)
+    assert dac.factorise(weight, spec, moments).error(rank) <= least_by_als(whitened, rank) * (1 + 1e-5)
+
+
+def test_mixtures_are_least_squares(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dac_solver, "STEPS", 100)
+    spec, rng, rank = ConvSpec(5, 3, (2, 3)), np.random.default_rng(7), 2
+    targets, depthwise = rng.standard_normal((3, 5, 6, 1)), rng.standard_normal((3, 1, rank, 6))
+    covariance = moments_of(columns(spec, rng)).covariance[0]
+    start = rng.standard_normal((3, 1, rank, 5))
+    found = dac_solver.mixtures(targets, start, depthwise, covariance)
+    root = np.linalg.cholesky(covariance)
+    for output in range(3):
+        # a mixture of the channels as a map to the whitened columns
+        design = np.einsum("kp,cd->kcdp", depthwise[output, 0], np.eye(5)).reshape(rank * 5, -1) @ root
+        expected = np.linalg.lstsq(design.T, targets[output].reshape(-1) @ root, rcond=None)[0]
+        np.testing.assert_allclose(found[output].reshape(-1), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("strides", [(1, 1), (2, 1)])

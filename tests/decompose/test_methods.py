@@ -131,6 +131,18 @@ def test_spatial_refit_is_the_best_second_factor() -> None:
 
 
 @pytest.mark.parametrize("name", NESTED)
+def test_a_rank_does_not_depend_on_those_asked_for_before(name: str) -> None:
+    spec, rng = SPECS["3x5 in 2 groups"], np.random.default_rng(8)
+    weight, moments = rng.standard_normal(spec.weight_shape), moments_of(columns(spec, rng))
+    power = output_power(grouped(weight, spec), moments)
+    factors = METHODS[name].factorise(weight, spec, moments)
+    for rank in range(1, METHODS[name].max_rank(spec) + 1):
+        alone = METHODS[name].factorise(weight, spec, moments)
+        assert factors.error(rank) == pytest.approx(alone.error(rank), rel=1e-4, abs=1e-6 * power)
+        np.testing.assert_allclose(composed(name, factors, rank), composed(name, alone, rank), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", NESTED)
 def test_singular_moments(name: str) -> None:
     """Dead input channels and fewer images than dimensions are no obstacle."""
     spec, rng = SPECS["3x3"], np.random.default_rng(6)

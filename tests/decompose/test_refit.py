@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from support.samples import columns, moments_of
 from tvm_lowrank.decompose import ConvSpec, compose
+from tvm_lowrank.decompose.balance import balance
 from tvm_lowrank.decompose.moments import grouped, output_power
 from tvm_lowrank.decompose.refit import refit_last
 
@@ -63,6 +64,19 @@ def test_composed_kernel_computes_what_the_chain_does(name: str, seed: int) -> N
     kernel = compose(specs, weights, site.groups)
     assert kernel.shape == site.weight_shape
     torch.testing.assert_close(convolve(x, site, kernel), expected)
+
+
+@pytest.mark.parametrize("name", sorted(CHAINS))
+def test_balance(name: str) -> None:
+    """The kernel stays, and each channel in between is made and read with one norm."""
+    site, specs = CHAINS[name]
+    weights = random_weights(specs, np.random.default_rng(1))
+    balanced = balance(specs, weights)
+    np.testing.assert_allclose(compose(specs, balanced, site.groups), compose(specs, weights, site.groups))
+    for spec, made, read in zip(specs[1:], balanced, balanced[1:], strict=False):
+        readers = read.reshape(spec.groups, -1, *spec.weight_shape[1:]).swapaxes(1, 2).reshape(len(made), -1)
+        makers = made.reshape(len(made), -1)
+        np.testing.assert_allclose(np.linalg.norm(readers, axis=1), np.linalg.norm(makers, axis=1), rtol=1e-2)
 
 
 @pytest.mark.parametrize("name", sorted(CHAINS))

@@ -18,6 +18,7 @@ from tvm_lowrank.graph import find_sites
 from tvm_lowrank.importer import import_model
 from tvm_lowrank.plan import Plan
 from tvm_lowrank.search.apply import apply_plan
+from tvm_lowrank.search.damage import divergence
 from tvm_lowrank.search.run import Request
 from tvm_lowrank.transform import replace_sites
 
@@ -42,7 +43,7 @@ def request(folder: Path, **changes: object) -> Request:
     return Request(cache=folder / "cache", **{**options, **changes})  # type: ignore[arg-type]
 
 
-def test_without_data_the_library_is_the_weights_only_network(folder: Path) -> None:
+def test_without_data_synthetic_images_give_the_norm(folder: Path) -> None:
     manifest = apply_plan(request(folder), folder / "plan.json")
     assert manifest["accuracy"] is None and manifest["data"] is None and manifest["budget"] is None
     assert {site["id"]: site["method"] for site in manifest["sites"] if site["method"] != "dense"} == {
@@ -51,16 +52,19 @@ def test_without_data_the_library_is_the_weights_only_network(folder: Path) -> N
     assert all(site["ms"] > 0 for site in manifest["sites"])
 
     mod = import_model(example.model(), input_shape=example.INPUT_SHAPE)
+    images = example.data()["evaluation"][0][:200]
+    expected = predict(TorchBridge(mod), images)
+    got = np.concatenate([tvm_lowrank.load(folder / "out")(images[i : i + 1]) for i in range(len(images))])
+    agree = np.mean(got.argmax(1) == expected.argmax(1))
     plan = Plan.read(folder / "plan.json")
-    chains = {
+    weights_only = {
         site.id: decompose(site.weight, site.spec, method=plan[site.id].method, rank=plan[site.id].rank)  # type: ignore[arg-type]
         for site in find_sites(mod)
         if site.id in plan and plan[site.id].rank is not None
     }
-    images = example.data()["evaluation"][0][:8]
-    expected = predict(TorchBridge(replace_sites(mod, chains)), images)
-    got = tvm_lowrank.load(folder / "out")(images)
-    np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max())
+    plain = predict(TorchBridge(replace_sites(mod, weights_only)), images)
+    assert agree > np.mean(plain.argmax(1) == expected.argmax(1))
+    assert divergence(expected, got) < 0.7 * divergence(expected, plain)
 
 
 @pytest.mark.parametrize(

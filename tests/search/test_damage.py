@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tvm_lowrank.search.damage import DamageCurve, divergence
+from tvm_lowrank.plan import Choice
+from tvm_lowrank.search.damage import PROBED_SHARES, DamageCurve, divergence, probes
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -37,3 +38,13 @@ def test_divergence_is_that_of_the_definition() -> None:
     p, q = (np.exp(x) / np.exp(x).sum(axis=1, keepdims=True) for x in (a, b))
     assert divergence(a, b) == pytest.approx(np.mean(np.sum(p * np.log(p / q), axis=1)))
     assert divergence(a, a + 3) == pytest.approx(0, abs=1e-12)
+
+
+def test_probes_span_the_likely_damages_with_all_methods() -> None:
+    predicted = {Choice(method, r): 1e-2 / r**2 for method in ("spatial", "channel", "svd") for r in range(1, 60)}
+    chosen = probes(predicted, share=1e-3)
+    assert len(chosen) == len(PROBED_SHARES) and {c.method for c in chosen} == {"spatial", "channel", "svd"}
+    for choice, goal in zip(chosen, PROBED_SHARES, strict=True):
+        assert goal * 1e-3 / 2 < predicted[choice] < goal * 1e-3 * 2
+    assert probes({}, share=1e-3) == []
+    assert probes({Choice("svd", 4): 0.0}, share=1e-3) == [Choice("svd", 4)]

@@ -26,6 +26,10 @@ class FakeBench:
     def __init__(self, broken=()):
         self.jobs, self.timed, self.broken = [], 0, broken
 
+    def each(self, tasks, work):
+        for task in tasks:
+            yield work(self, task)
+
     def build(self, jobs):
         first = len(self.jobs)
         self.jobs += jobs
@@ -203,7 +207,7 @@ def job(lowered):
 def test_worker_that_dies_is_replaced(bench, job):
     first, refused, second = bench.build([job, Job(job.func, Tiling((1, 1, 3, 32), 16)), job])
     assert "does not divide" in str(refused)
-    (worker,) = bench.workers
+    (worker,) = bench.pool.workers
     worker.process.kill()
     worker.process.wait()
     assert isinstance(bench.build([job])[0], TrialError)

@@ -91,7 +91,7 @@ def test_no_measurement_is_repeated(bundle: Path, folder: Path) -> None:
 def test_manifest_says_everything(bundle: Path) -> None:
     manifest = json.loads((bundle / "manifest.json").read_text())
     assert set(manifest) >= set(REQUIRED)
-    assert [site["id"] for site in manifest["sites"]] == [f"conv{i}" for i in range(1, 9)]
+    assert [site["id"] for site in manifest["sites"]] == [*(f"conv{i}" for i in range(1, 9)), "classifier"]
     for site in manifest["sites"]:
         assert set(site) >= set(SITE_KEYS)
         assert site["ms"] > 0 and site["macs"] <= site["dense_macs"] and site["reason"]
@@ -135,6 +135,22 @@ def test_verify_repeats_the_accuracy_and_notices_a_change(bundle: Path, tmp_path
 def test_bench_prints_both(bundle: Path) -> None:
     done = run("bench", bundle, "--rounds", "2")
     assert done.returncode == 0 and "dense" in done.stdout and "compressed" in done.stdout, done.stderr
+
+
+def test_without_data_the_accuracy_is_not_claimed(folder: Path) -> None:
+    out = folder / "blind"
+    options = ("--methods", "spatial", "--trials", "2", "--out", out, "--cache", folder / "cache")
+    done = run("search", "--budget", "2%", *MODEL, *options)
+    assert done.returncode == 0, done.stderr
+    assert "accuracy is not measured" in done.stderr
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["accuracy"] is None and manifest["data"] is None and manifest["speedup"] > 1
+    assert 0 < manifest["predicted_damage"] <= 0.02
+    images, labels = (array[:200] for array in example.data()["evaluation"])
+    model = tvm_lowrank.load(out)
+    correct = [int(model(images[i : i + 1]).argmax()) == labels[i] for i in range(len(images))]
+    assert np.mean(correct) > 0.85
+    assert run("verify", out).returncode == 2
 
 
 def test_finished_search_is_not_overwritten(bundle: Path, folder: Path) -> None:

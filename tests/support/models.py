@@ -21,7 +21,7 @@ def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
             normal(module.weight, (2.0 / module.weight[0].numel()) ** 0.5)
             if module.bias is not None:
                 normal(module.bias, 0.1)
-        elif isinstance(module, nn.BatchNorm2d):
+        elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             normal(module.weight, 0.2, 1.0)
             normal(module.bias, 0.2)
             normal(module.running_mean, 0.2)
@@ -269,6 +269,6 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[int, int]]] = {
 }
 
 
-def conv_paths(model: nn.Module) -> list[str]:
-    """The module paths of the 2-D convolutions."""
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+def site_paths(model: nn.Module) -> list[str]:
+    """The module paths of the 2-D convolutions and linear layers."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]

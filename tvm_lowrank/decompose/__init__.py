@@ -6,7 +6,7 @@ A **method** turns (weight, geometry, moments) into factors from which the chain
 
 or, one factorisation for many ranks:
 
-    factors = METHODS["spatial"].factorise(weight, spec, moments)
+    factors = factorise(weight, spec, method="spatial", moments=moments)
     factors.error(48)                                      # expected squared output error
     chain = cut("spatial", factors, 48, weight, moments)
 
@@ -24,6 +24,7 @@ import numpy as np
 
 from tvm_lowrank.decompose import btd, channel, channel_in, cp, dac, spatial, spatial_channel, svd, tucker2
 from tvm_lowrank.decompose.chain import Chain, Conv, ConvSpec, Pair, Rank, chain_macs, compose
+from tvm_lowrank.decompose.fisher import Weighted, mixed, roots
 from tvm_lowrank.decompose.moments import Moments, grouped
 from tvm_lowrank.decompose.refit import refit_last
 
@@ -41,6 +42,7 @@ __all__ = [
     "compose",
     "cut",
     "decompose",
+    "factorise",
     "grouped",
 ]
 
@@ -66,7 +68,7 @@ class Method:
     ``applies(spec)`` says whether the method makes sense of a geometry; ``max_rank(spec)`` is the largest rank (for a
     tuple, of each number); ``ranks(spec, lanes)`` lists ranks worth considering where vectors hold `lanes` values;
     ``chain_specs(spec, rank)`` is the chain's geometry. ``refits`` says that `factorise` leaves the last factor to be
-    refit; otherwise it is already the best one.
+    refit; otherwise it is already the best one. ``mixable(spec)`` is the number of groups of the last convolution.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Method:
     chain_specs: Callable[[ConvSpec, Rank], tuple[ConvSpec, ...]]
     factorise: Callable[[np.ndarray, ConvSpec, Moments | None], Factors]
     refits: bool = False
+    mixable: Callable[[ConvSpec], int] = lambda spec: spec.groups
 
     def check(self, spec: ConvSpec, rank: Rank) -> None:
         """Raise ValueError, naming the range, unless the rank is possible here."""
@@ -151,10 +154,38 @@ METHODS = {
         Method("cp4", cp.CP4.applies, cp.CP4.max_rank, cp.CP4.ranks, cp.CP4.chain_specs, cp.CP4.factorise),
         Method("cp3", cp.CP3.applies, cp.CP3.max_rank, cp.CP3.ranks, cp.CP3.chain_specs, cp.CP3.factorise),
         Method("dac", _larger, dac.max_rank, dac.ranks, dac.chain_specs, dac.factorise),
-        Method("dac_out", _larger, dac.max_rank_out, dac.ranks_out, dac.chain_specs_out, dac.factorise_out),
+        Method(
+            "dac_out",
+            _larger,
+            dac.max_rank_out,
+            dac.ranks_out,
+            dac.chain_specs_out,
+            dac.factorise_out,
+            mixable=lambda spec: spec.out_channels,
+        ),
         Method("svd", svd.applies, svd.max_rank, _grid(svd.max_rank), svd.chain_specs, svd.factorise),
     )
 }
+
+
+def factorise(
+    weight: np.ndarray,
+    spec: ConvSpec,
+    *,
+    method: str,
+    moments: Moments | None = None,
+    fisher: np.ndarray | None = None,
+) -> Factors:
+    """Factors of an OIHW weight for all ranks.
+
+    ``fisher`` is the Fisher information (N, N) of the outputs, summed over the positions of an image: with it the
+    error counts as far as it moves the network's answer (see `tvm_lowrank.decompose.fisher`).
+    """
+    recipe = METHODS[method]
+    if fisher is None:
+        return recipe.factorise(weight, spec, moments)
+    root, inverse = roots(fisher, recipe.mixable(spec))
+    return Weighted(recipe.factorise(mixed(root, weight.astype(np.float64)), spec, moments), inverse)
 
 
 def cut(method: str, factors: Factors, rank: Rank, weight: np.ndarray, moments: Moments | None = None) -> Chain:
@@ -178,7 +209,15 @@ def cut(method: str, factors: Factors, rank: Rank, weight: np.ndarray, moments: 
     return Chain(convs, correction.astype(np.float32))
 
 
-def decompose(weight: np.ndarray, spec: ConvSpec, *, method: str, rank: Rank, moments: Moments | None = None) -> Chain:
+def decompose(
+    weight: np.ndarray,
+    spec: ConvSpec,
+    *,
+    method: str,
+    rank: Rank,
+    moments: Moments | None = None,
+    fisher: np.ndarray | None = None,
+) -> Chain:
     """Replace one convolution by a chain.
 
     Parameters
@@ -187,6 +226,7 @@ def decompose(weight: np.ndarray, spec: ConvSpec, *, method: str, rank: Rank, mo
     method : one of ``METHODS``.
     rank : channels between the convolutions, per group; a tuple where the method has several such numbers.
     moments : input statistics; with them the expected output error is minimised and the bias corrected.
+    fisher : Fisher information (N, N) of the outputs; with it that error is weighted by what it does to the answer.
 
     Raises
     ------
@@ -199,4 +239,5 @@ def decompose(weight: np.ndarray, spec: ConvSpec, *, method: str, rank: Rank, mo
     if not np.isfinite(weight).all():
         raise ValueError("the weight has entries that are not finite")
     METHODS[method].check(spec, rank)
-    return cut(method, METHODS[method].factorise(weight, spec, moments), rank, weight, moments)
+    factors = factorise(weight, spec, method=method, moments=moments, fisher=fisher)
+    return cut(method, factors, rank, weight, moments)

@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from tvm_lowrank.decompose.balance import balance
 from tvm_lowrank.decompose.btd_solver import Blocks, checked, solve
 from tvm_lowrank.decompose.chain import ConvSpec, Rank, compose
 from tvm_lowrank.decompose.moments import Moments, grouped, output_power
 from tvm_lowrank.decompose.refit import refit_last
-from tvm_lowrank.decompose.tucker2 import Whitened, balance, proportional, saves, spread, whiten
+from tvm_lowrank.decompose.tucker2 import Whitened, proportional, saves, spread, whiten
 
 BLOCKS = (2, 4, 8)
 CANDIDATES = 4  # ranks of the grid for each number of blocks

@@ -18,8 +18,8 @@ Terms = tuple[np.ndarray, np.ndarray, np.ndarray]  # outputs, inputs, cores as i
 
 STARTS = 3
 TRIAL_SWEEPS = 6  # of each start; the best one goes on
-SWEEPS = 60
-TOLERANCE = 1e-5  # stop when a sweep lowers the error by less than this part of it
+SWEEPS = 200
+TOLERANCE = 1e-4  # stop when a sweep lowers the error by less than this part of it
 
 
 def checked(rank: Rank) -> tuple[int, ...]:

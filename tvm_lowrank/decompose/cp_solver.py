@@ -218,6 +218,14 @@ def grow(tensor: np.ndarray, stack: np.ndarray, rank: int, rng: np.random.Genera
     return np.concatenate([balanced(stack, tensor.shape), extra], axis=1)
 
 
+def climb(tensor: np.ndarray, rungs: Sequence[int], *, sweeps: int = 30) -> np.ndarray:
+    """A stack to start from: for each rank, in ascending order, terms for what is missing, then ALS of all of them."""
+    stack = np.zeros((sum(tensor.shape), 0), tensor.dtype)
+    for rank in rungs:
+        stack = als(tensor, grow(tensor, stack, rank, np.random.default_rng(rank)), penalty=1e-2, sweeps=sweeps)
+    return stack
+
+
 def _error(tensor: np.ndarray, stack: np.ndarray) -> float:
     return squared(tensor - tensor_of(stack, tensor.shape))
 

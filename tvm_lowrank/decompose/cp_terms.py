@@ -77,7 +77,7 @@ def khatri_rao(factors: Sequence[np.ndarray]) -> np.ndarray:
     """Columnwise Kronecker product, the first factor's index slowest: (I_1 * .. * I_k, R)."""
     product = factors[0]
     for factor in factors[1:]:
-        product = (product[:, None] * factor).reshape(-1, factor.shape[1])
+        product = (product[:, None] * factor).reshape(len(product) * len(factor), factor.shape[1])
     return product
 
 

@@ -5,8 +5,7 @@ factors are the truncated SVDs of the N x kh*kw slices of the input channels. `d
 r times for each output channel, and filters the mixtures: 1 x 1 -> depthwise kh x kw, from the SVDs of the C x kh*kw
 slices of the output channels. Both are the global optimum for the weights.
 
-With moments the second factor is the best one for the true outputs (see `nested`): so each pointwise filter of `dac`
-makes up for what all channels lost. `dac_out` also takes its SVDs in the norm of the outputs.
+With moments both factors are fitted together to the true outputs, from these closed forms (see `dac_solver`).
 
 Unlike elsewhere the rank counts filters for each input (or output) channel.
 """
@@ -20,7 +19,10 @@ import numpy as np
 
 from tvm_lowrank.decompose import nested
 from tvm_lowrank.decompose.chain import ConvSpec, Rank, as_int
+from tvm_lowrank.decompose.dac_solver import JointFactors, filters, mixtures
 from tvm_lowrank.decompose.moments import Moments
+
+Factors = nested.NestedFactors | JointFactors
 
 CANDIDATES = 10  # at most this many ranks of large kernels
 
@@ -71,11 +73,13 @@ def chain_specs_out(spec: ConvSpec, rank: Rank) -> tuple[ConvSpec, ...]:
     )
 
 
-def factorise(weight: np.ndarray, spec: ConvSpec, moments: Moments | None = None) -> nested.NestedFactors:
-    """Decompose an OIHW weight by `dac`, for all ranks at once."""
-    return nested.factorise(weight, spec, moments, chain_specs, "ij", own=True)
+def factorise(weight: np.ndarray, spec: ConvSpec, moments: Moments | None = None) -> Factors:
+    """Decompose an OIHW weight by `dac`: for all ranks at once, or with moments for each when it is asked for."""
+    start = nested.factorise(weight, spec, moments, chain_specs, "ij", own=True)
+    return start if moments is None else JointFactors(start, filters)
 
 
-def factorise_out(weight: np.ndarray, spec: ConvSpec, moments: Moments | None = None) -> nested.NestedFactors:
-    """Decompose an OIHW weight by `dac_out`, for all ranks at once."""
-    return nested.factorise(weight, spec, moments, chain_specs_out, "c", blocks=spec.out_channels)
+def factorise_out(weight: np.ndarray, spec: ConvSpec, moments: Moments | None = None) -> Factors:
+    """Decompose an OIHW weight by `dac_out`, likewise."""
+    start = nested.factorise(weight, spec, moments, chain_specs_out, "c", blocks=spec.out_channels)
+    return start if moments is None else JointFactors(start, mixtures)

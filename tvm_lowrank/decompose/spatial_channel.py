@@ -18,8 +18,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from tvm_lowrank.decompose import nested, spatial
+from tvm_lowrank.decompose.balance import balance
 from tvm_lowrank.decompose.chain import ConvSpec, Rank
-from tvm_lowrank.decompose.moments import Moments, grouped, output_power
+from tvm_lowrank.decompose.moments import Moments
 
 VERTICAL = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8)  # candidates for K, of the K at which `spatial` saves nothing
 HORIZONTAL = (0.6, 0.75, 0.9)  # candidates for d, of the d at which the last two layers save nothing
@@ -76,7 +77,6 @@ class SpatialChannelFactors:
     """The spatial decomposition, and for each K met so far the principal components of its outputs."""
 
     spatial: nested.NestedFactors
-    power: float  # expected squared output
     components: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
     @property
@@ -88,25 +88,22 @@ class SpatialChannelFactors:
         """Expected squared output error, summed over channels."""
         vertical, reduced = as_pair(rank)
         kept, _ = self._outputs(vertical)
-        return max(self.power - float(kept[:, :reduced].sum()), 0.0)
+        return max(self.spatial.power - float(kept[:, :reduced].sum()), 0.0)
 
     def weights(self, rank: Rank) -> tuple[np.ndarray, ...]:
         """OIHW weights of the chain's three convolutions."""
         vertical, reduced = as_pair(rank)
         basis = self._outputs(vertical)[1][:, :, :reduced]  # (g, N/g, d)
         specs = chain_specs(self.spec, rank)
+        first, second = self.spatial.weights(vertical)
         # the regression onto the components U^T y of the outputs is U^T times that onto y
-        narrow = replace(
-            self.spatial,
-            spec=replace(self.spec, out_channels=self.spec.groups * reduced),
-            whitened=self.spatial.whitened @ basis,
-        )
-        return (*narrow.weights(vertical), basis.reshape(specs[2].weight_shape))
+        narrow = basis.swapaxes(1, 2) @ second.reshape(*basis.shape[:2], -1)
+        return balance(specs, (first, narrow.reshape(specs[1].weight_shape), basis.reshape(specs[2].weight_shape)))
 
     def _outputs(self, vertical: int) -> tuple[np.ndarray, np.ndarray]:
         """Variances (g, N/g), largest first, and components (g, N/g, N/g) of the spatial decomposition's outputs."""
         if vertical not in self.components:
-            features = self.spatial.whitened[:, : vertical * self.spec.kernel[1]]
+            features = self.spatial.whitened(vertical)
             values, vectors = np.linalg.eigh(features.transpose(0, 2, 1) @ features)
             self.components[vertical] = np.maximum(values[:, ::-1], 0), vectors[:, :, ::-1]
         return self.components[vertical]
@@ -114,4 +111,4 @@ class SpatialChannelFactors:
 
 def factorise(weight: np.ndarray, spec: ConvSpec, moments: Moments | None = None) -> SpatialChannelFactors:
     """Decompose an OIHW weight for all pairs of ranks."""
-    return SpatialChannelFactors(spatial.factorise(weight, spec, moments), output_power(grouped(weight, spec), moments))
+    return SpatialChannelFactors(spatial.factorise(weight, spec, moments))
