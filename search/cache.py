@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +36,8 @@ class Latency:
 class Entry:
     """One line: a kernel, its latency, the schedule that has it, and how many trials it was chosen from.
 
-    ``conv`` is what a model of the latencies learns from; None if the kernel is no convolution.
+    ``conv`` is what a model of the latencies learns from; None if the kernel is no convolution. ``tried`` has the
+    milliseconds of all its trials.
     """
 
     key: str
@@ -45,6 +46,7 @@ class Entry:
     tiling: Tiling | None
     trials: int
     conv: Convolution | None = None
+    tried: Mapping[Tiling, float] = field(default_factory=dict)
 
     def to_json(self) -> str:
         latency = self.latency
@@ -58,6 +60,7 @@ class Entry:
                 "tiling": None if self.tiling is None else self.tiling.to_json(),
                 "trials": self.trials,
                 "conv": None if self.conv is None else self.conv.to_json(),
+                "tried": [[tiling.to_json(), ms] for tiling, ms in self.tried.items()],
             }
         )
 
@@ -68,7 +71,8 @@ class Entry:
         tiling = None if entry["tiling"] is None else Tiling.from_json(entry["tiling"])
         latency = Latency(float(entry["ms"]), float(entry["p10"]), float(entry["p90"]))
         conv = None if entry.get("conv") is None else Convolution.from_json(entry["conv"])
-        return cls(str(entry["key"]), str(entry["name"]), latency, tiling, int(entry["trials"]), conv)
+        tried = {Tiling.from_json(tiling): float(ms) for tiling, ms in entry.get("tried", [])}
+        return cls(str(entry["key"]), str(entry["name"]), latency, tiling, int(entry["trials"]), conv, tried)
 
 
 @dataclass

@@ -7,7 +7,7 @@ from math import prod
 from typing import Any
 
 from tvm_lowrank.decompose import ConvSpec, Pair
-from tvm_lowrank.lower import Kernel
+from tvm_lowrank.lower import Kernel, computed_channels
 from tvm_lowrank.schedule import Workload, workload
 
 
@@ -19,10 +19,11 @@ class Convolution:
     input_bytes: int
 
     @classmethod
-    def of(cls, spec: ConvSpec, size: Pair, batch: int) -> Convolution:
+    def of(cls, spec: ConvSpec, size: Pair, *, batch: int, lanes: int) -> Convolution:
         """The loop nest that a convolution of (height, width) images is lowered to."""
         height, width = spec.output_size(size)
         out, inner, *kernel = spec.weight_shape
+        out = computed_channels(out, spec.groups, lanes)
         depthwise = spec.groups == out
         space = Workload(
             spatial=(batch, height, width, out),

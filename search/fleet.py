@@ -20,7 +20,7 @@ from tvm_lowrank import console
 from tvm_lowrank.errors import MeasurementError, UserError
 from tvm_lowrank.search.bench import START_TIMEOUT, Cancelled, Job, R, T, TrialError, Worker, WorkerPool
 from tvm_lowrank.search.remote import Board, BoardLost, Remote, RPCBench, free_boards, request
-from tvm_lowrank.search.thermal import reference_job, settle
+from tvm_lowrank.search.thermal import LOOK, REFERENCE_SECONDS, reference_job, settle
 from tvm_lowrank.targets.toolchain import release, tvm_versions
 
 LINK = "tvm_lowrank.search.link"
@@ -28,8 +28,6 @@ POLL = 0.5  # seconds between questions whether a board has become free
 QUIET = 3.0  # a server takes its time between two sessions: not worth a message
 FAILURES = 3  # in a row, before a board has to rest
 REST = 60.0  # seconds, doubled each time
-REFERENCE_SECONDS = 0.1
-LOOK = 30.0  # seconds between two looks at a board's speed
 
 
 @dataclass(eq=False)
@@ -138,7 +136,7 @@ class Fleet:
     ) -> dict[str, list[float]]:
         """Latencies of exported libraries on one board, in one session and in turns.
 
-        As `tvm_lowrank.search.bench.measure_interleaved`, by the board's clock; a session that is lost is repeated.
+        As `tvm_lowrank.search.local.measure_interleaved`, by the board's clock; a session that is lost is repeated.
         """
 
         def work(bench: RPCBench, models: Mapping[str, Path]) -> dict[str, list[float]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import sys
 import threading
@@ -89,10 +90,10 @@ class Link:
             output: np.ndarray = self.models[handle]["main"](tvm.runtime.tensor(x, self.remote.cpu())).numpy()
             return output
 
-    def time(self, handle: int, seconds: float) -> list[float]:
-        """Seconds of one run, by the board's clock: several samples that take about ``seconds`` together."""
+    def time(self, handle: int, seconds: float, limit: float = math.inf) -> list[float]:
+        """Seconds of one run, by the board's clock, as `sample` says."""
         with self._connected():
-            return sample(self.timers[handle], seconds)
+            return sample(self.timers[handle], seconds, limit)
 
     def forget(self) -> None:
         """Free everything that was sent."""

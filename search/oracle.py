@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -14,15 +16,20 @@ from tvm_lowrank import schedule
 from tvm_lowrank.errors import MeasurementError
 from tvm_lowrank.lower import Kernel
 from tvm_lowrank.schedule import Tiling
-from tvm_lowrank.search.bench import Bench, Devices, Job, LocalBench, TrialError
+from tvm_lowrank.search.bench import Bench, Devices, Job, TrialError
 from tvm_lowrank.search.cache import Entry, KernelCache, Latency
 from tvm_lowrank.search.convolution import Convolution
+from tvm_lowrank.search.local import LocalBench
+from tvm_lowrank.search.ranking import Ranking
 from tvm_lowrank.search.tiles import first_candidates, variants
 from tvm_lowrank.targets.profile import Profile
 
 FINALISTS = 3
 ROUNDS = 3
-FIRST_LOOK = 0.03  # seconds of measuring before a candidate is judged
+AGAIN = 2  # times that as many rounds are added where something else disturbed them
+DISTURBED = 0.05  # spread of the samples (quartiles, relative) from which that is so
+LOOK = 0.03  # seconds of measuring before a candidate is judged
+HOPELESS = 1.5  # a candidate so much slower than the best is not looked at for so long
 OTHER_TRIALS = 4  # for kernels that are not convolutions, and a small part of any network
 logger = logging.getLogger(__name__)
 
@@ -61,6 +68,8 @@ class LatencyOracle:
         self.profile, self.trials, self.threads = profile, trials, threads
         self._cache = KernelCache.open(cache_dir, profile, threads=threads)
         self._bench = bench
+        self._ranking = Ranking(lanes=profile.lanes, registers=profile.registers)
+        self._learning = threading.Lock()
 
     def __enter__(self) -> LatencyOracle:
         return self
@@ -119,25 +128,39 @@ class LatencyOracle:
                 self._cache.add(entry)
                 report(done, len(missing))
 
+    def _learn(self) -> Ranking:
+        """The ranking of schedules by all trials so far."""
+        with self._learning:
+            # a copy: several boards add to the cache at the same time
+            entries = list(self._cache.entries.values())
+            self._ranking.learn([(e.conv.space, e.tried) for e in entries if e.conv is not None and e.tried])
+            return self._ranking
+
     def _tune(self, bench: Bench, kernel: Kernel) -> Entry:
         bench.forget()
         space = schedule.workload(kernel.func)
         limit = self.trials if kernel.is_conv else min(self.trials, OTHER_TRIALS)
-        lanes, registers = self.profile.lanes, self.profile.registers
+        ranking = self._learn()
         # two thirds of the trials for the register tile, the rest for the order of the loops around the best ones
-        first = first_candidates(space, lanes=lanes, registers=registers, limit=max(1, limit * 2 // 3))
+        most = max(1, limit * 2 // 3)
+        first: list[Tiling | None] = [] if space is None or not kernel.is_conv else [*ranking.best(space, most)]
+        if not first:
+            lanes, registers = self.profile.lanes, self.profile.registers
+            first = first_candidates(space, lanes=lanes, registers=registers, limit=most)
         trials = Trials(kernel, bench)
         trials.run(first)
         if space is not None and len(first) < limit:
-            more = [v for tiling in trials.best(2) if tiling is not None for v in variants(tiling, space)]
-            trials.run([v for v in dict.fromkeys(more) if v not in first][: limit - len(first)])
+            around = [v for tiling in trials.best(2) if tiling is not None for v in variants(tiling, space)]
+            more = ranking.order(space, [v for v in dict.fromkeys(around) if v not in first])
+            trials.run(more[: limit - len(first)])
         if not trials.samples and None not in first:
             trials.run([None])
         tiling, samples = trials.final()
         p10, p90 = (1e3 * float(v) for v in np.percentile(np.array(samples), (10, 90)))
         latency = Latency(1e3 * undisturbed(samples), p10, p90)
         logger.info("%s: %.4f ms, %s", kernel.name, latency.ms, tiling)
-        return Entry(kernel.key, kernel.name, latency, tiling, self.trials, Convolution.lowered(kernel))
+        conv = Convolution.lowered(kernel)
+        return Entry(kernel.key, kernel.name, latency, tiling, self.trials, conv, trials.tried if conv else {})
 
 
 class Trials:
@@ -147,6 +170,7 @@ class Trials:
         self.kernel, self.bench = kernel, bench
         self.handles: dict[Tiling | None, int] = {}
         self.samples: dict[Tiling | None, list[float]] = {}
+        self.tried: dict[Tiling, float] = {}  # ms
         self.failure = ""
 
     def run(self, candidates: Sequence[Tiling | None]) -> None:
@@ -157,7 +181,8 @@ class Trials:
                 self._failed(tiling, outcome)
             else:
                 self.handles[tiling] = outcome
-                self._time(tiling)
+                best = min(map(undisturbed, self.samples.values()), default=math.inf)
+                self._time(tiling, HOPELESS * best)
 
     def best(self, count: int) -> list[Tiling | None]:
         """The fastest so far, fastest first."""
@@ -172,18 +197,23 @@ class Trials:
             If no candidate works.
         """
         finalists = self.best(FINALISTS)
+        self.tried = {tiling: 1e3 * undisturbed(s) for tiling, s in self.samples.items() if tiling is not None}
         # the first look, by which they were selected, was a lucky one for some
         self.samples = {}
-        for _ in range(ROUNDS):
-            for tiling in finalists:
-                self._time(tiling)
+        for _ in range(1 + AGAIN):
+            for _ in range(ROUNDS):
+                for tiling in finalists:
+                    self._time(tiling)
+            if all(spread(self.samples[tiling]) < DISTURBED for tiling in self.best(1)):
+                break
         for tiling in self.best(1):
+            self.tried.update({t: 1e3 * undisturbed(s) for t, s in self.samples.items() if t is not None})
             return tiling, self.samples[tiling]
         raise TuningError(f"no schedule of kernel {self.kernel.name} works; the first one failed with {self.failure}")
 
-    def _time(self, tiling: Tiling | None) -> None:
+    def _time(self, tiling: Tiling | None, limit: float = math.inf) -> None:
         try:
-            samples = self.bench.time(self.handles[tiling], FIRST_LOOK)
+            samples = self.bench.time(self.handles[tiling], LOOK, limit)
             self.samples.setdefault(tiling, []).extend(samples)
         except TrialError as error:
             self._failed(tiling, error)
@@ -196,3 +226,9 @@ class Trials:
 def undisturbed(samples: Sequence[float]) -> float:
     """The lower quartile: whatever else runs on the machine only ever adds time."""
     return float(np.percentile(np.array(samples), 25))
+
+
+def spread(samples: Sequence[float]) -> float:
+    """How far the middle is above the lower quartile, relative to it: large if something else ran half of the time."""
+    quarter, half = np.percentile(np.array(samples), (25, 50))
+    return float(half / quarter - 1)

@@ -169,7 +169,7 @@ class RPCBench:
         self.jobs += jobs
         return self.pool.map(self._export, range(first, len(self.jobs)))
 
-    def time(self, handle: int, seconds: float) -> list[float]:
+    def time(self, handle: int, seconds: float, limit: float = math.inf) -> list[float]:
         job = self.jobs[handle]
         if self.losses[job] >= BLAMED:
             raise TrialError(f"the device was lost {BLAMED} times while it ran")
@@ -178,7 +178,7 @@ class RPCBench:
                 path, parameters = self.libraries[handle]
                 self._request("place", handle, path, parameters, timeout=SEND_TIMEOUT)
                 self.placed.add(handle)
-            samples: list[float] = self._request("time", handle, seconds, timeout=seconds + RUN_TIMEOUT)
+            samples: list[float] = self._request("time", handle, seconds, limit, timeout=seconds + RUN_TIMEOUT)
         except BoardLost as error:
             self.losses[job] += 1
             raise BoardLost(str(error), blamed=self.losses[job] >= BLAMED) from error

@@ -67,7 +67,7 @@ def features(conv: Convolution, *, lanes: int, registers: int) -> tuple[np.ndarr
     weight, output = 4 * prod(space.reduction) * channels, 4 * prod(space.spatial)
     tiles = register_tiles(space, lanes=lanes, registers=registers)
     vector = largest_divisor(space.group, lanes)
-    cost = tile_cost(tiles[0], lanes) if tiles else 1.0 / vector
+    cost = tile_cost(tiles[0], space, lanes) if tiles else 1.0 / vector
     moved = conv.input_bytes + weight + output
     cycles = space.macs * cost + moved / BYTES_A_CYCLE
     values = [

@@ -9,6 +9,8 @@ from math import prod
 from tvm_lowrank.schedule import Tiling, Workload, default_tiling
 
 MAX_CHANNEL_VECTORS = 8
+CHANNELWISE_VECTORS = 2  # there, more of them share nothing
+STRIPE = 4  # rows, of which the padded input usually fits the first cache
 LATENCY = 8  # independent accumulators that keep two FMA units of latency four busy
 LOAD_COST = 0.02  # what a load costs beside the FMAs that hide it; breaks ties between full tiles
 
@@ -23,30 +25,50 @@ def register_tiles(space: Workload, *, lanes: int, registers: int) -> list[Tilin
         Tiling((*positions, vectors * vector), vector)
         for vector in _vectors(space.group, lanes)
         for vectors in _divisors(space.group // vector)
-        if vectors <= MAX_CHANNEL_VECTORS
+        if vectors <= (CHANNELWISE_VECTORS if space.channelwise else MAX_CHANNEL_VECTORS)
         for positions in _positions(space.spatial[:-1], max(1, (registers - 1 - vectors) // vectors))
     ]
-    return sorted(tiles, key=lambda tiling: (tile_cost(tiling, lanes), -tiling.tile[-1], tiling.tile))
+    return sorted(tiles, key=lambda tiling: (tile_cost(tiling, space, lanes), -tiling.tile[-1], tiling.tile))
 
 
 def variants(tiling: Tiling, space: Workload) -> list[Tiling]:
-    """The same register tile with other orders of the outer loops."""
-    other = replace(tiling, channels_first=not tiling.channels_first)
-    found = [other] if prod(space.spatial) > prod(tiling.tile) else []
-    if space.padded:
-        rows, tile = space.spatial[1], tiling.tile[1]
-        stripes = sorted({tile * d for d in _divisors(rows // tile) if tile * d < rows}, key=lambda s: abs(s - 4))
-        for stripe in stripes[:2]:
-            found += [replace(tiling, stripe=stripe), replace(other, stripe=stripe)]
-    return found
+    """The same register tile with other orders of the outer loops and other stripes."""
+    orders = [tiling.channels_first, not tiling.channels_first]
+    stripes = [tiling.stripe, *(stripe for stripe in _stripes(space, tiling) if stripe != tiling.stripe)]
+    found = [replace(tiling, channels_first=order, stripe=stripe) for stripe in stripes for order in orders]
+    return [other for other in dict.fromkeys(canonical(other, space) for other in found) if other != tiling]
+
+
+def canonical(tiling: Tiling, space: Workload) -> Tiling:
+    """The one of several equal schedules that is tried: where one outer loop is all there is, order means nothing."""
+    channels = tiling.tile[-1] == space.spatial[-1]
+    positions = tiling.tile[:-1] == space.spatial[:-1]
+    whole = tiling.stripe and tiling.stripe == space.spatial[1] and not space.channelwise
+    first = tiling.channels_first or channels or positions
+    return replace(tiling, channels_first=first, stripe=0 if whole else tiling.stripe)
 
 
 def first_candidates(space: Workload | None, *, lanes: int, registers: int, limit: int) -> list[Tiling | None]:
     """What to measure first: at most ``limit`` schedules; a kernel without a reduction has one, None."""
     if space is None:
         return [None]
-    tiles = register_tiles(space, lanes=lanes, registers=registers)
-    return list(_distinct(tiles, limit)) or [default_tiling(space, lanes)]
+    tiles = list(_distinct(register_tiles(space, lanes=lanes, registers=registers), limit))
+    if space.padded and space.channelwise:
+        # all tiles are alike here, and how the padding is done is not
+        for i, tiling in enumerate(tiles):
+            ways = [*_stripes(space, tiling), 0]
+            tiles[i] = replace(tiling, stripe=ways[i % len(ways)])
+    return [*tiles] or [default_tiling(space, lanes)]
+
+
+def _stripes(space: Workload, tiling: Tiling) -> list[int]:
+    """The numbers of rows that are worth padding at a time, beside all of them: the two nearest to four."""
+    if not space.padded:
+        return []
+    rows, tile = space.spatial[1], tiling.tile[1]
+    some = [tile * d for d in _divisors(rows // tile) if tile * d < rows]
+    nearest = sorted(some, key=lambda stripe: abs(stripe - STRIPE))
+    return [rows, *nearest[:1]] if space.channelwise else nearest[:2]
 
 
 def _distinct(tiles: list[Tiling], limit: int) -> Iterator[Tiling]:
@@ -66,10 +88,11 @@ def _distinct(tiles: list[Tiling], limit: int) -> Iterator[Tiling]:
     yield from late[:limit]
 
 
-def tile_cost(tiling: Tiling, lanes: int) -> float:
+def tile_cost(tiling: Tiling, space: Workload, lanes: int) -> float:
     """Estimated cycles per multiply-accumulate of a lane, with two FMAs and two loads per cycle."""
     positions, vectors = prod(tiling.tile[:-1]), tiling.tile[-1] // tiling.vector
-    accumulators, loads = positions * vectors, positions + vectors
+    accumulators = positions * vectors
+    loads = vectors + (accumulators if space.channelwise else positions)
     cycles = max(accumulators, loads, LATENCY) + LOAD_COST * loads * LATENCY
     return cycles / (accumulators * min(tiling.vector, lanes))
 

@@ -139,11 +139,12 @@ class SiteTimes:
             self._surrogate.fit([conv for conv, _ in measured], [ms for _, ms in measured])
             self._learnt = len(measured)
         convs, owners = [], []
+        lanes = self._oracle.profile.lanes
         for owner, (name, choice) in enumerate(pairs):
             site = self._sites[name]
             size = site.size
             for spec in chain_specs(site, choice):
-                convs.append(Convolution.of(spec, size, self._batch))
+                convs.append(Convolution.of(spec, size, batch=self._batch, lanes=lanes))
                 owners.append(owner)
                 size = spec.output_size(size)
         ms, unsure = self._surrogate.predict(convs)

@@ -7,6 +7,7 @@ TVM first runs something in parallel, so it is set in the environment of this pr
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import signal
@@ -40,9 +41,12 @@ Timer = Callable[[int, int], Sequence[float]]
 """(runs, samples) to the seconds of one run, each sample the mean of so many runs."""
 
 
-def sample(timer: Timer, seconds: float) -> list[float]:
-    """Seconds of one run: several samples that take about ``seconds`` together."""
-    once = min(timer(1, 2))
+def sample(timer: Timer, seconds: float, limit: float = math.inf) -> list[float]:
+    """Seconds of one run: several samples that take about ``seconds`` together, or two if they are beyond ``limit``."""
+    first = timer(1, 2)
+    once = min(first)
+    if once > limit:
+        return list(first)
     number = max(1, round(SAMPLE_SECONDS / once))
     return list(timer(number, max(1, min(50, round(seconds / (number * once))))))
 
@@ -123,14 +127,14 @@ class Session:
 
         self.timers[handle] = _timer(lambda n: vm.time_evaluator("main", tvm.cpu(), number=n), [argument])
 
-    def time(self, handle: int, seconds: float, cpu: bool) -> list[float]:
-        """Seconds of one run: several samples that take about ``seconds`` together.
+    def time(self, handle: int, seconds: float, cpu: bool, limit: float = math.inf) -> list[float]:
+        """Seconds of one run: several samples that take about ``seconds`` together, or two if beyond ``limit``.
 
         With ``cpu``, the processor time of this thread: on a machine that is shared it is what the wall clock would
         show on an idle core, if everything runs in this one thread.
         """
         timer = self.timers[handle]
-        return sample(lambda number, repeat: [timer(number, cpu) for _ in range(repeat)], seconds)
+        return sample(lambda number, repeat: [timer(number, cpu) for _ in range(repeat)], seconds, limit)
 
     def forget(self) -> None:
         """Free everything built or loaded."""

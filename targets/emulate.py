@@ -78,19 +78,19 @@ def emulated(arch: str, *, boards: int = 1, cache_dir: Path, key: str | None = N
 
 def emulate(arch: str, *, boards: int = 1, cache_dir: Path, key: str | None = None) -> None:
     """Run boards until Ctrl-C, and say how to use them (`tvm_lowrank device emulate`)."""
-    with _started(arch, boards=boards, cache_dir=cache_dir, key=key, log=sys.stderr.fileno()) as (made, children):
-        kind = "emulated" if made.emulated else "local"
-        console.phase(f"{boards} {kind} {arch} board(s) at tracker {made.host}:{made.port}, key {made.key}")
-        console.phase(f"TVM_TRACKER_HOST={made.host} TVM_TRACKER_PORT={made.port} TVM_TRACKER_KEY={made.key}")
-        if made.emulated:
-            console.warn("times of emulated boards say nothing about real ones")
-        console.phase("Ctrl-C ends them")
-        try:
+    try:
+        with _started(arch, boards=boards, cache_dir=cache_dir, key=key, log=sys.stderr.fileno()) as (made, children):
+            kind = "emulated" if made.emulated else "local"
+            console.phase(f"{boards} {kind} {arch} board(s) at tracker {made.host}:{made.port}, key {made.key}")
+            console.phase(f"TVM_TRACKER_HOST={made.host} TVM_TRACKER_PORT={made.port} TVM_TRACKER_KEY={made.key}")
+            if made.emulated:
+                console.warn("times of emulated boards say nothing about real ones")
+            console.phase("Ctrl-C ends them")
             while True:
                 _check_alive(children)
                 time.sleep(0.5)
-        except KeyboardInterrupt:
-            console.phase("ended")
+    except KeyboardInterrupt:
+        console.phase("ended")
 
 
 def board_command(arch: str, folder: Path) -> list[str]:

@@ -35,7 +35,8 @@ class Tiling:
     ``tile`` is the register tile, one extent for each spatial axis of the reduction (for a convolution n, h, w, c);
     every extent divides its axis. ``vector`` is the number of float32 lanes that the last tile axis is cut into.
     ``channels_first`` runs over the channel tiles in the outer loop: weights stay in cache instead of activations.
-    ``stripe`` is the number of output rows for which the padded input is prepared at a time; 0 pads all at once.
+    ``stripe`` is the number of output rows for which the padded input is prepared at a time; 0 pads all at once. Where
+    every output channel reads one input channel only, and the channels come first, it is the input of one channel tile.
     """
 
     tile: tuple[int, ...]
@@ -68,6 +69,15 @@ class Workload:
     @property
     def macs(self) -> int:
         return prod(self.spatial) * prod(self.reduction)
+
+    @property
+    def channelwise(self) -> bool:
+        """Whether every output channel reads one input channel only: depthwise convolutions and poolings."""
+        return _channelwise(self.reduction)
+
+
+def _channelwise(reduction: Sequence[int]) -> bool:
+    return len(reduction) == 2 or reduction[-1] == 1  # (kh, kw) or (kh, kw, channels)
 
 
 def _blocks(sch: Schedule) -> list[Any]:
@@ -196,20 +206,19 @@ def _tiled(sch: Schedule, tiling: Tiling, *, lanes: int, threads: int) -> None:
     inner += [vectors, lane]
 
     head, channel = outer[:-1], outer[-1]
-    stripes = None
+    leading: list[Any] = []  # outside of the padding
     if tiling.stripe and pad is not None:
         stripes, rows = sch.split(head[1], [None, tiling.stripe // tiling.tile[1]])
-        leading, rest = [head[0], stripes], [rows, *head[2:]]
-    else:
-        leading, rest = [], head
-    order = [*leading, channel, *rest] if tiling.channels_first else [*leading, *rest, channel]
+        leading, head = [head[0], stripes], [rows, *head[2:]]
+    order = [*leading, channel, *head] if tiling.channels_first else [*leading, *head, channel]
     sch.reorder(*order, *reduction, *inner)
-    if pad is not None:
-        if stripes is not None:
-            sch.compute_at(pad, stripes, preserve_unit_loops=True)
-            _vectorise(sch, sch.get_loops(pad)[-1], lanes)
-        else:
-            _spread(sch, sch.get_loops(pad), lanes=lanes, threads=threads)
+    if leading and tiling.channels_first and _channelwise([int(sch.get(loop).extent) for loop in reduction]):
+        leading.append(channel)
+    if leading:
+        sch.compute_at(pad, leading[-1], preserve_unit_loops=True)
+        _vectorise(sch, sch.get_loops(pad)[-1], lanes)
+    elif pad is not None:
+        _spread(sch, sch.get_loops(pad), lanes=lanes, threads=threads)
     sch.reverse_compute_at(epilogue, order[-1], preserve_unit_loops=True)
     _vectorise(sch, sch.get_loops(epilogue)[-1], tiling.vector)
     sch.vectorize(lane)

@@ -1,4 +1,5 @@
 import json
+import math
 import subprocess
 import sys
 import threading
@@ -11,8 +12,9 @@ from support.lowering_networks import canonical, expected, network, run, sample
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.lower import build, kernels, lower
 from tvm_lowrank.schedule import Tiling, workload
-from tvm_lowrank.search import bench as bench_module
-from tvm_lowrank.search.bench import Job, LocalBench, TrialError, measure_interleaved
+from tvm_lowrank.search import local
+from tvm_lowrank.search.bench import Job, TrialError
+from tvm_lowrank.search.local import LocalBench, measure_interleaved
 from tvm_lowrank.search.oracle import LatencyOracle, TuningError
 from tvm_lowrank.targets.profile import load_profile
 
@@ -36,7 +38,7 @@ class FakeBench:
         failed = TrialError("cannot be built")
         return [failed if "build" in self.broken else first + i for i in range(len(jobs))]
 
-    def time(self, handle, seconds):
+    def time(self, handle, seconds, limit=math.inf):
         if "time" in self.broken:
             raise TrialError("cannot be run")
         self.timed += 1
@@ -218,7 +220,7 @@ def test_worker_that_dies_is_replaced(bench, job):
 
 def test_worker_that_hangs_is_stopped(bench, job, monkeypatch):
     (handle,) = bench.build([job])
-    monkeypatch.setattr(bench_module, "RUN_TIMEOUT", -1.5)
+    monkeypatch.setattr(local, "RUN_TIMEOUT", -1.5)
     with pytest.raises(TrialError, match="no answer"):
         bench.time(handle, 1.6)
     monkeypatch.undo()

@@ -23,7 +23,9 @@ def convolutions(count: int, seed: int) -> list[Convolution]:
         inside, outside = (int(c) for c in rng.choice(np.arange(16, 272, 16), 2))
         kernel = ((1, 1), (3, 3), (3, 1), (1, 3))[rng.integers(4)]
         padding = (kernel[0] // 2, kernel[1] // 2) * 2
-        found.append(Convolution.of(ConvSpec(inside, outside, kernel, padding=padding), (size, size), 1))
+        found.append(
+            Convolution.of(ConvSpec(inside, outside, kernel, padding=padding), (size, size), batch=1, lanes=16)
+        )
     return found
 
 
@@ -63,7 +65,7 @@ def test_staircase_at_the_lanes() -> None:
     known = convolutions(100, 0)
     model.fit(known, milliseconds(known))
     ranks = list(range(32, 65))
-    convs = [Convolution.of(ConvSpec(64, n, (3, 3), padding=(1, 1, 1, 1)), (28, 28), 1) for n in ranks]
+    convs = [Convolution.of(ConvSpec(64, n, (3, 3), padding=(1, 1, 1, 1)), (28, 28), batch=1, lanes=16) for n in ranks]
     times = dict(zip(ranks, model.predict(convs)[0], strict=True))
     for full in (48, 64):
         assert times[full] < 1.02 * min(times[n] for n in range(full - 7, full))
