@@ -6,9 +6,10 @@ import fcntl
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import inf
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,6 +22,7 @@ from tvm_lowrank.search.convolution import Convolution
 from tvm_lowrank.targets.profile import Profile
 
 FILE = "kernels.jsonl"
+EXPORT_SCHEMA = 1
 
 
 @dataclass(frozen=True)
@@ -110,13 +112,26 @@ class KernelCache:
         """Append an entry; it is on disk when this returns."""
         with self._locked() as file:
             self._read(file)
-            file.seek(self.position)
-            file.truncate()  # a line that a killed process left unfinished
-            file.write(entry.to_json().encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-            self.position = file.tell()
-        self.entries[entry.key] = entry
+            self._append(file, [entry])
+
+    def merge(self, entries: Iterable[Entry]) -> int:
+        """Append those of some entries that are new or of more trials than what is there; returns how many."""
+        with self._locked() as file:
+            self._read(file)
+            known = self.entries
+            better = [e for e in entries if e.key not in known or e.trials > known[e.key].trials]
+            self._append(file, better)
+        return len(better)
+
+    def _append(self, file: BinaryIO, entries: Sequence[Entry]) -> None:
+        """Write entries behind all that was read."""
+        file.seek(self.position)
+        file.truncate()  # a line that a killed process left unfinished
+        file.write(b"".join(entry.to_json().encode() + b"\n" for entry in entries))
+        file.flush()
+        os.fsync(file.fileno())
+        self.position = file.tell()
+        self.entries.update((entry.key, entry) for entry in entries)
 
     @contextmanager
     def _locked(self) -> Iterator[BinaryIO]:
@@ -137,3 +152,90 @@ class KernelCache:
                 raise UserError(f"the cache {self.path} is damaged ({error}); delete the file") from error
             self.entries[entry.key] = entry
         self.position += len(data) - len(torn)
+
+
+def exported(entries: Collection[Entry], profile: Profile, *, threads: int) -> str:
+    """Entries of a target as the text of one file, for other machines: a header, then each of them."""
+    header = json.dumps({**_identity(profile, threads), "kernels": len(entries)})
+    return "".join(f"{line}\n" for line in (header, *(entry.to_json() for entry in entries)))
+
+
+def read_export(path: Path, profile: Profile, *, threads: int) -> list[Entry]:
+    """The entries of an exported file.
+
+    Raises
+    ------
+    UserError
+        If it is damaged, or not of this target, TVM, lowering and number of threads; the message says which.
+    """
+    try:
+        first, *lines = path.read_bytes().splitlines() or [b""]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; give a file that --export wrote") from error
+    try:
+        header = json.loads(first)
+        schema, identity = header["schema"], {}
+        if schema == EXPORT_SCHEMA:
+            identity = {name: header[name] for name in (*_identity(profile, threads), "kernels")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not an exported database; write one with tvm_lowrank tune --export") from error
+    if schema != EXPORT_SCHEMA:
+        raise UserError(f"{path} has schema {schema!r}, this version reads {EXPORT_SCHEMA}; export it again with it")
+    _check_identity(path, identity, profile, threads)
+    entries: dict[str, Entry] = {}
+    for number, line in enumerate(lines, start=2):
+        try:
+            entry = _checked(Entry.from_json(line))
+            if entry.key in entries:
+                raise ValueError(f"{entry.key} is there twice")
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise UserError(f"line {number} of {path} is damaged ({error}); copy or export the file again") from error
+        entries[entry.key] = entry
+    if len(entries) != identity["kernels"]:
+        raise UserError(f"{path} has {len(entries)} of {identity['kernels']} kernels; copy or export the file again")
+    return list(entries.values())
+
+
+def how_to_tune(profile: Profile, threads: int) -> str:
+    """What to do about a database that lacks kernels."""
+    emulate = " --emulate" if profile.emulated else ""
+    return f"tune here: tvm_lowrank profile --target {profile.name}{emulate} --threads {threads}"
+
+
+def _identity(profile: Profile, threads: int) -> dict[str, Any]:
+    """The header of an exported file, but for the number of kernels."""
+    return {
+        "schema": EXPORT_SCHEMA,
+        "target": profile.key,
+        "profile": profile.name,
+        "tvm": tvm.__version__,
+        "lowering": LOWERING_VERSION,
+        "threads": threads,
+    }
+
+
+def _check_identity(path: Path, identity: Mapping[str, Any], profile: Profile, threads: int) -> None:
+    own, tune = _identity(profile, threads), how_to_tune(profile, threads)
+    if identity["target"] == replace(profile, emulated=not profile.emulated).key:
+        whose, remedy = ("real", "leave --emulate out") if profile.emulated else ("emulated", "add --emulate")
+        raise UserError(f"{path} is from {whose} devices; {remedy}")
+    if identity["target"] != profile.key:
+        if identity["profile"] != profile.name:
+            raise UserError(f"{path} is for target {identity['profile']}, not {profile.name}; give its --target")
+        raise UserError(f"{path} is for another processor, {identity['target']}, not {profile.key}; {tune}")
+    for name, what in (("tvm", "TVM"), ("lowering", "lowering version")):
+        if identity[name] != own[name]:
+            raise UserError(f"{path} is of {what} {identity[name]}, not {own[name]}; {tune}")
+    if identity["threads"] != threads:
+        given = f"--threads {identity['threads']}"
+        raise UserError(f"{path} is for {given}, not {threads}; import it with {given}, or {tune}")
+
+
+def _checked(entry: Entry) -> Entry:
+    """The entry; ValueError if its numbers cannot be."""
+    latency = entry.latency
+    if not all(0 < ms < inf for ms in (latency.ms, latency.p10, latency.p90, *entry.tried.values())):
+        raise ValueError("a time is not positive")
+    if entry.trials < 1:
+        raise ValueError(f"{entry.trials} trials")
+    return entry

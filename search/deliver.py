@@ -31,6 +31,7 @@ from tvm_lowrank.search.times import SiteTimes
 from tvm_lowrank.transform import replace_sites
 
 ROUNDS = 30
+DENSE_ROUNDS = 10
 TOLERANCE = 1e-3  # of the largest output: the compiled library against PyTorch
 
 
@@ -90,7 +91,7 @@ def deliver_plan(
             after = judged(compressed, splits, metric, delivery.device, description="accuracy, compressed library")
             measured = accuracy_entry(metric, before, after, delivery.device, looks=1)
             data = {**(delivery.data or {}), "evaluation_sha256": fingerprint(splits.evaluation)}
-        latency, speedup = end_to_end(out, delivery.device, shape=delivery.input_shape)
+        latency, speedup = _compare(times, plan, delivery)
     write_text(out / "plan.json", plan.to_json())
     return write_manifest(
         out,
@@ -140,7 +141,7 @@ def _libraries(search: Search, kept: Sequence[Evaluated], oracle: LatencyOracle,
 
     if not chosen:
         shutil.copyfile(out / "dense.so", out / "model.so")
-    latency, speedup = end_to_end(out, delivery.device, shape=delivery.input_shape)
+    latency, speedup = _compare(search.times, chosen, delivery)
     if chosen and speedup <= 1:
         console.warn(f"the compressed library is not faster ({speedup:.2f}x); the bundle is the tuned dense model")
         shutil.copyfile(out / "dense.so", out / "model.so")
@@ -231,6 +232,25 @@ def end_to_end(
     latency: dict[str, Any] = {name: _summary(ms) for name, ms in runs.items()}
     speedup = latency["dense"]["median"] / latency["compressed"]["median"]
     return {**latency, "threads": device.threads, "batch": shape[0], "how": device.how}, speedup
+
+
+def dense_latency(mod: IRModule, oracle: LatencyOracle, delivery: Delivery) -> float:
+    """Build the dense library and measure it: median ms, end to end."""
+    build_library(mod, oracle, delivery, "dense.so")
+    x = np.random.default_rng(0).standard_normal(delivery.input_shape).astype("float32")
+    runs = delivery.device.interleaved({"dense": delivery.out / "dense.so"}, x, rounds=DENSE_ROUNDS)
+    return float(np.median(runs["dense"]))
+
+
+def _compare(times: SiteTimes, plan: Plan, delivery: Delivery) -> tuple[dict[str, Any], float]:
+    """`end_to_end` of both libraries, beside what was predicted for them; the prediction learns from it."""
+    predicted = {"dense": times.whole({}), "compressed": times.whole(plan)}
+    latency, speedup = end_to_end(delivery.out, delivery.device, shape=delivery.input_shape)
+    for name, own in {"dense": Plan(), "compressed": plan}.items():
+        latency[name]["predicted"] = predicted[name]
+        if own or name == "dense":
+            times.learn(own, latency[name]["median"])
+    return latency, speedup
 
 
 def measure_again(directory: Path, device: Device, *, rounds: int) -> tuple[dict[str, Any], float]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -73,7 +74,10 @@ class Evaluated:
 
 
 class Search:
-    """Everything that is known about one network under one target, computed when first needed."""
+    """Everything that is known about one network under one target, computed when first needed.
+
+    ``dense_latency`` measures the whole dense network, in ms.
+    """
 
     def __init__(
         self,
@@ -83,6 +87,7 @@ class Search:
         times: SiteTimes,
         journal: Journal,
         settings: Settings,
+        dense_latency: Callable[[], float] | None = None,
     ) -> None:
         self.mod = mod
         self.splits = splits
@@ -90,6 +95,7 @@ class Search:
         self.times = times
         self.journal = journal
         self.settings = settings
+        self._dense_latency = dense_latency
         self.sites = find_sites(mod)
         self.damage: dict[str, dict[Choice, float]] = {}  # of every candidate, in nats, once `probe` was called
         self.seconds: dict[str, float] = {}  # by phase, of this process
@@ -250,6 +256,10 @@ class Search:
             self.probe()
         console.phase("tuning the kernels of the dense network, then of the likeliest candidates")
         self._time([(site.id, Choice()) for site in self.sites])
+        if self._dense_latency is not None:
+            with console.timed(self.seconds, "tuning kernels"):
+                self.times.measure_others()
+                self.times.learn(Plan(), self.journal.once("dense", "ms", self._dense_latency))
 
     def unseen(self) -> tuple[Plan, float]:
         """Without data: the fastest plan whose predicted damage is that of the budget, and this damage in nats."""

@@ -89,6 +89,11 @@ class LatencyOracle:
         """Kernel key to its best schedule, for `lower.build`."""
         return {key: entry.tiling for key, entry in self._cache.entries.items()}
 
+    @property
+    def folder(self) -> Path:
+        """Where the target's measurements are."""
+        return self._cache.path.parent
+
     def convolutions(self) -> list[tuple[Convolution, float]]:
         """All convolutions that were measured on the target, for this or another network, and their ms."""
         return [(e.conv, e.latency.ms) for e in self._cache.entries.values() if e.conv is not None]

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from tvm_lowrank.graph import constants, find_sites
 from tvm_lowrank.importer import import_model
 from tvm_lowrank.metric import load_metric
 from tvm_lowrank.plan import Plan
-from tvm_lowrank.search.deliver import Delivery, deliver, deliver_plan, reason
+from tvm_lowrank.search.deliver import Delivery, deliver, deliver_plan, dense_latency, reason
 from tvm_lowrank.search.device import Connection, Device, check_connection, open_device
 from tvm_lowrank.search.journal import Journal
 from tvm_lowrank.search.loop import Search, Settings
@@ -106,8 +107,9 @@ def search(request: Request) -> dict[str, Any]:
     with opened(request, profile) as (device, oracle):
         console.phase(f"{len(find_sites(mod))} layers; calibrating and predicting damage")
         times = SiteTimes(mod, find_sites(mod), oracle, batch=request.batch)
-        finder = Search(mod, splits or _synthetic(mod, request.seed), metric, times, journal, settings)
         delivery = delivery_of(request, mod, device, splits)
+        latency = partial(dense_latency, mod, oracle, delivery)
+        finder = Search(mod, splits or _synthetic(mod, request.seed), metric, times, journal, settings, latency)
         if splits is None:
             manifest = _without_data(finder, oracle, delivery)
         else:

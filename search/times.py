@@ -16,11 +16,15 @@ from tvm_lowrank.search.candidates import chain_specs, site_macs
 from tvm_lowrank.search.convolution import Convolution
 from tvm_lowrank.search.oracle import LatencyOracle
 from tvm_lowrank.search.surrogate import Surrogate
+from tvm_lowrank.search.whole import Measured, Traffic, WholeNetworks
 from tvm_lowrank.transform import replace_sites, shape_chains
 
 
 class SiteTimes:
     """Times of (site, choice), each the sum of its tuned kernels as they are in the lowered whole model.
+
+    To the sum is added what the kernels take beyond it in a network (`tvm_lowrank.search.whole`), so that the sites
+    and the other kernels together are the predicted latency of the whole network.
 
     A site's kernels (with the bias, activation and residual addition fused into the last) do not depend on what the
     other sites become, so one lowering serves one choice for every site.
@@ -36,6 +40,7 @@ class SiteTimes:
         self._surrogate = Surrogate(lanes=oracle.profile.lanes, registers=oracle.profile.registers)
         self._learnt = 0
         self._others: list[Kernel] = []
+        self._whole = WholeNetworks(oracle.folder)
 
     def measure(self, wanted: Iterable[tuple[str, Choice]], *, check: Callable[[], None] = lambda: None) -> None:
         """Tune and time these (site, choice) pairs, equal kernels once; what the cache knows costs nothing.
@@ -56,7 +61,24 @@ class SiteTimes:
         """Tune and time the kernels that belong to no site (pooling, classifier, …); returns their sum in ms."""
         self.measure([(site, Choice()) for site in self._sites])
         self._tune(self._others)
-        return sum(self._known(kernel).ms for kernel in self._others)
+        return self._sum(self._others)
+
+    def whole(self, plan: Mapping[str, Choice]) -> float:
+        """Predicted milliseconds of the whole network under a plan, of which everything has been measured."""
+        return self._sum(self._network(plan))
+
+    def learn(self, plan: Mapping[str, Choice], ms: float) -> None:
+        """Correct the predictions by the measured milliseconds of a whole network."""
+        kernels = self._network(plan)
+        self._whole.add(Measured(sum(self._known(k).ms for k in kernels), ms, Traffic.of(kernels)))
+
+    def _network(self, plan: Mapping[str, Choice]) -> list[Kernel]:
+        sites = [kernel for site in self._sites for kernel in self._kernels[site, plan.get(site, Choice())]]
+        return [*sites, *self._others]
+
+    def _sum(self, kernels: Sequence[Kernel]) -> float:
+        """Milliseconds of kernels that have been measured, as they are in a network."""
+        return sum(self._known(kernel).ms for kernel in kernels) + self._whole.beyond(kernels)
 
     def _tune(self, wanted: Iterable[Kernel], check: Callable[[], None] = lambda: None) -> None:
         unknown = {kernel.key: kernel for kernel in wanted if self._oracle.known(kernel.key) is None}
@@ -89,12 +111,11 @@ class SiteTimes:
         self._others = [kernel for kernel in found if not kernel.is_conv]
 
     def measured(self, site: str, choice: Choice) -> float | None:
-        """Measured ms, or None."""
+        """Measured ms, as they are in a network, or None."""
         found = self._kernels.get((site, choice))
-        if found is None:
+        if found is None or any(self._oracle.known(kernel.key) is None for kernel in found):
             return None
-        times = [self._oracle.known(kernel.key) for kernel in found]
-        return None if any(time is None for time in times) else sum(time.ms for time in times if time is not None)
+        return self._sum(found)
 
     def estimate(self, site: str, choice: Choice) -> float:
         """`estimates` of one (site, choice)."""

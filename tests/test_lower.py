@@ -133,5 +133,5 @@ def test_default_tile_divides_any_channel_count():
         lowered = lower(canonical(network(nn.Conv2d(16, channels, 1)), (16, 8, 8)), batch=1, target=TARGET)
         space = next(workload(k.func) for k in kernels(lowered) if k.is_conv)
         tiling = default_tiling(space, 16)
-        assert channels % tiling.tile[-1] == 0
+        assert space.spatial[-1] % tiling.tile[-1] == 0
         assert tiling.tile[-1] % tiling.vector == 0

@@ -7,7 +7,7 @@ became of every site; ``manifest.json`` (schema 1, written last) describes the r
     schema, versions, model, target, budget (points), input_shape ([N, C, H, W] of the libraries),
     data: {source, mean, std, evaluation_sha256},
     accuracy (percent): {metric, n, dense, compressed, drop, ci95: [low, high], looks, on_device (of n)},
-    latency_ms: {dense: {median, p10, p90}, compressed: {…}, threads, batch, how}, speedup,
+    latency_ms: {dense: {median, p10, p90, predicted}, compressed: {…}, threads, batch, how}, speedup,
     sites: [{id, method, rank, ms, dense_ms, macs, dense_macs, reason}],
     seconds: {phase: s of the last run}, files: {name: SHA-256}
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -37,6 +38,8 @@ Std = Annotated[str | None, typer.Option(help="Standard deviation of each channe
 Target = Annotated[str, typer.Option(help="A device profile, by name (x86) or as a .toml file.")]
 Threads = Annotated[int, typer.Option(help="Threads that the library runs with.")]
 Trials = Annotated[int, typer.Option(help="Schedules tried for each kernel.")]
+Batch = Annotated[int, typer.Option(help="Images in one call of the library.")]
+Methods = Annotated[str | None, typer.Option(help="Methods to choose from, e.g. spatial,btd (see docs/methods.md).")]
 Cache = Annotated[Path | None, typer.Option(help="Folder of measurements (else $TVM_LOWRANK_CACHE or ~/.cache).")]
 Tracker = Annotated[
     str | None,
@@ -67,12 +70,10 @@ def search(
     mean: Mean = None,
     std: Std = None,
     metric: Annotated[str, typer.Option(help="top1, top5 or file.py:function.")] = "top1",
-    methods: Annotated[
-        str | None, typer.Option(help="Methods to choose from, e.g. spatial,btd (see docs/methods.md).")
-    ] = None,
+    methods: Methods = None,
     trials: Trials = 12,
     threads: Threads = 1,
-    batch: Annotated[int, typer.Option(help="Images in one call of the library.")] = 1,
+    batch: Batch = 1,
     seed: Annotated[int, typer.Option(help="Of everything drawn at random.")] = 0,
     time_limit: Annotated[str | None, typer.Option(help="End with the best plan so far after 600s, 10m or 2h.")] = None,
     cache: Cache = None,
@@ -116,7 +117,7 @@ def search(
         cache=cache,
         force=force,
         resume=resume,
-        **({} if methods is None else {"methods": [name.strip() for name in methods.split(",")]}),
+        methods=_methods(methods),
     )
     manifest = run.search(request)
     print_manifest(manifest)
@@ -139,7 +140,7 @@ def decompose(
     metric: Annotated[str, typer.Option(help="top1, top5 or file.py:function.")] = "top1",
     trials: Trials = 12,
     threads: Threads = 1,
-    batch: Annotated[int, typer.Option(help="Images in one call of the library.")] = 1,
+    batch: Batch = 1,
     seed: Annotated[int, typer.Option(help="Of everything drawn at random.")] = 0,
     cache: Cache = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite a bundle in --out.")] = False,
@@ -229,6 +230,73 @@ def suggest(
 
 
 @app.command()
+def profile(
+    target: Target = "x86",
+    rpc_tracker: Tracker = None,
+    rpc_key: Key = None,
+    emulate: Emulate = False,
+    model: Model = None,
+    input_shape: InputShape = None,
+    methods: Methods = None,
+    trials: Trials = 12,
+    threads: Threads = 1,
+    batch: Batch = 1,
+    candidates: Annotated[int, typer.Option(help="Forms of layers to tune as well, for a later search.")] = 40,
+    cache: Cache = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Tune a model's kernels ahead of a search, and tell where its time goes.
+
+    Every kernel of the dense network is listed with its share of the time, and with how near it comes to the peaks of
+    the device, which are measured as well. Then some forms that its layers may take are tuned.
+
+    Interrupted? Run the same command again: what was measured is kept.
+    """
+    from tvm_lowrank.importer import parse_input_shape
+    from tvm_lowrank.search import tune
+    from tvm_lowrank.search.run import Connection, Request
+
+    request = Request(
+        out=Path(),
+        model=model,
+        input_shape=None if input_shape is None else parse_input_shape(input_shape),
+        target=target,
+        connection=Connection(rpc_tracker, rpc_key, emulate),
+        trials=trials,
+        threads=threads,
+        batch=batch,
+        cache=cache,
+        methods=_methods(methods),
+    )
+    tune.profile(request, count=candidates, as_json=as_json)
+
+
+@app.command()
+def tune(
+    target: Target = "x86",
+    emulate: Emulate = False,
+    threads: Threads = 1,
+    cache: Cache = None,
+    export_to: Annotated[Path | None, typer.Option("--export", help="Write the database to this file.")] = None,
+    import_from: Annotated[
+        Path | None, typer.Option("--import", help="Add the kernels of a file that --export wrote.")
+    ] = None,
+) -> None:
+    """Say what the database of a target's measured kernels holds, and carry it from one machine to another."""
+    from tvm_lowrank.search import tune
+    from tvm_lowrank.targets.toolchain import cache_folder
+
+    tune.tune(
+        target,
+        cache_dir=cache or cache_folder(),
+        threads=threads,
+        emulate=emulate,
+        export_to=export_to,
+        import_from=import_from,
+    )
+
+
+@app.command()
 def bench(
     directory: Bundle,
     rounds: Annotated[int, typer.Option(help="Interleaved measurements of each library.")] = 30,
@@ -290,6 +358,12 @@ def verify(
         )
     print_verification(result)
     raise typer.Exit(0 if result.ok else 1)
+
+
+def _methods(text: str | None) -> Sequence[str]:
+    from tvm_lowrank.search.run import DEFAULT_METHODS
+
+    return DEFAULT_METHODS if text is None else [name.strip() for name in text.split(",")]
 
 
 def _numbers(text: str | None, option: str) -> list[float] | None:
