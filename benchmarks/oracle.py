@@ -20,6 +20,7 @@ were measured in turns; ratios are of medians.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import tempfile
@@ -149,7 +150,8 @@ def trials(bench: Bench) -> Iterator[str]:
     from tvm.s_tir import meta_schedule as ms
 
     count = 16
-    shapes = [Shape("3x3", 128, 128, 28, (3, 3)), Shape("1x1", 256, 144, 28, (1, 1)), Shape("3x1", 64, 192, 56, (3, 1))]
+    shapes = [Shape("3x3", 128, 128, 28, (3, 3)), Shape("1x1", 256, 144, 28, (1, 1))]
+    logging.disable()  # MetaSchedule's, which is long
     modules = module_of(shapes)
     with bench.oracle("warm-up", 2) as oracle:  # the workers' import is not part of it
         oracle.measure([bench.kernel(module_of([Shape("1x1", 16, 16, 7, (1, 1))])[0])])
@@ -308,7 +310,7 @@ def chains(bench: Bench) -> Iterator[str]:
     (mod,) = module_of([Shape("3x3", 512, 512, 28, (3, 3))])
     plans = {"dense": Plan()}
     plans |= {name: Plan({site_id(mod): Choice(name, **entry)}) for name, entry in METHOD_RANKS.items()}
-    yield from _chains(bench, mod, plans, (1, 512, 28, 28), "chains")
+    yield from _chains(bench, mod, plans, None, "chains")
 
 
 def methods(bench: Bench) -> Iterator[str]:
@@ -329,7 +331,8 @@ def methods(bench: Bench) -> Iterator[str]:
     yield from _chains(bench, mod, plans, SIZE, "methods")
 
 
-def _chains(bench: Bench, mod: Any, plans: Any, shape: Sequence[int], database: str) -> Iterator[str]:
+def _chains(bench: Bench, mod: Any, plans: Any, shape: Sequence[int] | None, database: str) -> Iterator[str]:
+    """Times of plans: end to end for inputs of a shape, or else the sum of their convolutions."""
     from tvm_lowrank.graph import find_sites
     from tvm_lowrank.lower import build, kernels, lower
     from tvm_lowrank.plan import Choice
@@ -337,7 +340,7 @@ def _chains(bench: Bench, mod: Any, plans: Any, shape: Sequence[int], database: 
     from tvm_lowrank.search.local import measure_interleaved
     from tvm_lowrank.transform import replace_sites, shape_chains
 
-    sites, libraries, tuned, macs, slowest = find_sites(mod), {}, {}, {}, {}
+    sites, libraries, times, tuned, macs, slowest = find_sites(mod), {}, {}, {}, {}, {}
     with bench.oracle(database, 12) as oracle:
         for name, plan in plans.items():
             changed = replace_sites(mod, shape_chains(mod, plan)) if plan else mod
@@ -345,18 +348,22 @@ def _chains(bench: Bench, mod: Any, plans: Any, shape: Sequence[int], database: 
             start = time.perf_counter()
             found = oracle.measure(kernels(lowered))
             tuned[name] = time.perf_counter() - start
-            libraries[name] = build(lowered, oracle.database, bench.target, threads=bench.threads)
+            convs = [k for k in kernels(lowered) if k.is_conv]
+            times[name] = sum(found[k.key].ms for k in convs)
+            if shape is not None:
+                libraries[name] = build(lowered, oracle.database, bench.target, threads=bench.threads)
             macs[name] = sum(site_macs(site, plan.get(site.id, Choice())) for site in sites)
-            speeds = [gflops(k.func, found[k.key].ms / 1e3) for k in kernels(lowered) if k.is_conv]
-            slowest[name] = min(speeds)
-    x = np.random.default_rng(0).standard_normal(shape).astype("float32")
-    runs = measure_interleaved(libraries, x, rounds=15, threads=bench.threads)
+            slowest[name] = min(gflops(k.func, found[k.key].ms / 1e3) for k in convs)
+    if shape is not None:
+        x = np.random.default_rng(0).standard_normal(shape).astype("float32")
+        runs = measure_interleaved(libraries, x, rounds=15, threads=bench.threads)
+        times = {name: float(np.median(ms)) for name, ms in runs.items()}
     yield (
         f"{'method':16s} {'ms':>8s} {'MAC ratio':>10s} {'speed-up':>9s} {'of it':>6s} {'GFLOPS':>7s} "
         f"{'slowest kernel':>15s} {'tuned in s':>11s}"
     )
     for name in plans:
-        ms, dense = float(np.median(runs[name])), float(np.median(runs["dense"]))
+        ms, dense = times[name], times["dense"]
         ratio = macs["dense"] / macs[name]
         yield (
             f"{name:16s} {ms:8.3f} {ratio:10.2f} {dense / ms:9.2f} {dense / ms / ratio:6.2f} "

@@ -7,8 +7,9 @@ from math import prod
 from typing import Any
 
 from tvm_lowrank.decompose import ConvSpec, Pair
-from tvm_lowrank.lower import Kernel, computed_channels
+from tvm_lowrank.lower import Kernel
 from tvm_lowrank.schedule import Workload, workload
+from tvm_lowrank.vectors import computed_channels
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from tvm_lowrank.lower import build, kernels, lower
 from tvm_lowrank.schedule import Tiling, default_tiling, workload
 from tvm_lowrank.search.tiles import register_tiles, variants
 from tvm_lowrank.targets.profile import load_profile
+from tvm_lowrank.vectors import computed_channels
 
 TARGET = load_profile("x86").tvm_target()
 
@@ -26,6 +27,16 @@ LAYERS = {
     "depthwise": nn.Conv2d(16, 16, 3, padding=1, groups=16),
     "expanding depthwise": nn.Conv2d(16, 64, 3, padding=1, groups=16),
     "odd channels": nn.Conv2d(16, 29, 3, padding=1),
+    "odd channels, then more": nn.Sequential(nn.Conv2d(16, 37, (3, 1), padding=(1, 0)), nn.Conv2d(37, 19, 1)),
+    "depthwise, then pointwise": nn.Sequential(
+        nn.Conv2d(16, 48, 3, padding=1, groups=16, bias=False), nn.Conv2d(48, 32, 1)
+    ),
+    "strided depthwise, then pointwise": nn.Sequential(
+        nn.Conv2d(16, 32, (3, 1), stride=2, padding=(2, 0), dilation=(2, 1), groups=16, bias=False), nn.Conv2d(32, 8, 1)
+    ),
+    "pointwise, then filtered and added": nn.Sequential(
+        nn.Conv2d(16, 96, 1, bias=False), nn.Conv2d(96, 32, 3, stride=(1, 2), padding=1, groups=32)
+    ),
     "odd channels per group": nn.Conv2d(16, 58, 3, padding=1, groups=2),
     "average": nn.AvgPool2d(3, stride=1, padding=1),
     "maximum": nn.MaxPool2d(3, stride=2, padding=1),
@@ -135,3 +146,22 @@ def test_default_tile_divides_any_channel_count():
         tiling = default_tiling(space, 16)
         assert space.spatial[-1] % tiling.tile[-1] == 0
         assert tiling.tile[-1] % tiling.vector == 0
+
+
+def test_channels_of_few_members_are_interleaved_where_nothing_else_sees_their_order():
+    def groups(net):
+        found = kernels(lower(canonical(network(net), (16, 8, 8)), batch=1, target=TARGET))
+        return [workload(kernel.func).group for kernel in found if kernel.is_conv]
+
+    depthwise, pointwise = nn.Conv2d(16, 64, 3, padding=1, groups=16, bias=False), nn.Conv2d(64, 32, 1)
+    assert groups(nn.Sequential(depthwise, pointwise)) == [16, 32]
+    assert groups(nn.Sequential(depthwise, nn.ReLU(), pointwise)) == [4, 32]
+    assert groups(depthwise) == [4]
+
+
+@pytest.mark.parametrize(
+    ("channels", "computed"), [(29, 32), (40, 48), (24, 24), (8, 8), (64, 64), (178, 192), (10, 10)]
+)
+def test_channels_are_padded_where_that_fills_the_vectors(channels, computed):
+    assert computed_channels(channels, 1, 16) == computed
+    assert computed_channels(channels, 2, 16) == channels

@@ -254,7 +254,8 @@ def profile(
     """
     from tvm_lowrank.importer import parse_input_shape
     from tvm_lowrank.search import tune
-    from tvm_lowrank.search.run import Connection, Request
+    from tvm_lowrank.search.device import Connection
+    from tvm_lowrank.search.run import Request
 
     request = Request(
         out=Path(),

@@ -8,12 +8,12 @@ through here: what was measured is what ships.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import tvm
-from tvm import relax, te, topi
+from tvm import relax
 from tvm.ir import GenericConst, IRModule, Op
 from tvm.relax import transform
 from tvm.relax.expr_functor import PyExprMutator, mutator
@@ -22,6 +22,7 @@ from tvm_ffi import structural_hash
 
 from tvm_lowrank import schedule
 from tvm_lowrank.schedule import Tiling
+from tvm_lowrank.vectors import CONV2D, conv2d, vectorise_groups
 
 # Part of the key of every cache of measurements: raise it when lowering or the schedule template changes.
 LOWERING_VERSION = 2
@@ -29,11 +30,9 @@ LOWERING_VERSION = 2
 CALL_TIR = Op.get("relax.call_tir")
 PERMUTE_DIMS = Op.get("relax.permute_dims")
 CLIP = Op.get("relax.clip")
-CONV2D = Op.get("relax.nn.conv2d")
 LAYOUTS = {"relax.nn.conv2d": ["NHWC", "HWIO"], "relax.nn.conv2d_transpose": ["NCHW", "IOHW"]}
 CONV_BLOCK = "conv2d_n"  # conv2d_nhwc, group_conv2d_nhwc, conv2d_nchw; not conv2d_transpose
 KEPT_ATTRIBUTES = ("layout_free_buffers", "tirx.noalias")
-FUSES_ELEMENTWISE = 4  # OpPatternKind kOutEWiseFusable
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +71,8 @@ def lower(mod: IRModule, *, batch: int, target: tvm.target.Target) -> IRModule:
         transform.CanonicalizeBindings(),
         transform.FoldConstant(),
         transform.DeadCodeElimination(),
-        transform.LegalizeOps({CONV2D.name: _conv2d(schedule.target_lanes(target))}),
+        vectorise_groups,
+        transform.LegalizeOps({CONV2D.name: conv2d(schedule.target_lanes(target))}),
         transform.AnnotateTIROpPattern(),
         transform.FoldConstant(),
         transform.FuseOps(),
@@ -82,39 +82,6 @@ def lower(mod: IRModule, *, batch: int, target: tvm.target.Target) -> IRModule:
     ]
     with target:
         return tvm.transform.Sequential(passes)(mod)
-
-
-def computed_channels(channels: int, groups: int, lanes: int) -> int:
-    """How many output channels the kernel of a convolution computes.
-
-    They are padded to full vectors, unless their longest divisor up to ``lanes`` fills the vectors as well.
-    """
-    full = -(-channels // lanes) * lanes
-    return full if groups == 1 and channels * lanes > full * schedule.largest_divisor(channels, lanes) else channels
-
-
-def _conv2d(lanes: int) -> Callable[[relax.BlockBuilder, relax.Call], relax.Expr]:
-    """The legalisation of conv2d: TVM's, but with output channels padded to full vectors where that pays."""
-
-    def legalise(builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
-        data, weight = call.args
-        channels = int(weight.ty.shape[-1])  # HWIO
-        missing = computed_channels(channels, int(call.attrs.groups), lanes) - channels
-        if not missing or call.attrs.data_layout != "NHWC" or not isinstance(weight, GenericConst):
-            return CONV2D.get_attr("FLegalize")(builder, call)
-        array = weight.value.numpy()
-        padded = relax.const(np.pad(array, [(0, 0)] * 3 + [(0, missing)]), str(array.dtype))
-        options = {name: [int(v) for v in call.attrs[name]] for name in ("strides", "padding", "dilation")}
-
-        def compute(x: te.Tensor, kernel: te.Tensor) -> te.Tensor:
-            conv = topi.nn.conv2d(x, kernel, **options, data_layout="NHWC", kernel_layout="HWIO")
-            return te.compute((*conv.shape[:-1], channels), lambda *index: conv[index], name="valid")
-
-        return builder.call_te(
-            compute, data, padded, primfunc_name_hint="conv2d", primfunc_attrs={"op_pattern": FUSES_ELEMENTWISE}
-        )
-
-    return legalise
 
 
 @mutator

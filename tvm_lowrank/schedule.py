@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 REDUCTION = 2  # tvm.tirx.IterVar.CommReduce
 ROOT = "root"
+INTERLEAVED = "interleaved_conv2d_nhwc"  # a block in which neighbouring channels belong to different groups
 # waking a thread takes some microseconds: kernels with less to do stay on one
 PARALLEL_MACS = 2**19
 PARALLEL_ELEMENTS = 2**15
@@ -114,7 +115,9 @@ def workload(func: IRModule) -> Workload | None:
         data, weight = (region.source for region in block.reads)
         groups = int(data.shape[-1]) // int(weight.shape[2])  # NHWC, HWIO
         # in a depthwise convolution every lane reads its own input channel, which is one vector load again
-        group = spatial[-1] if groups == spatial[-1] else spatial[-1] // groups
+        group = spatial[-1] // groups if groups < spatial[-1] else spatial[-1]
+        if str(block.name_hint) == INTERLEAVED:
+            group = groups
     padded = any(_pads(sch, b) for b in blocks[: reductions[0]])
     return Workload(spatial, reduction, group, padded)
 

@@ -1,5 +1,6 @@
 """Boards are TVM's own RPC servers on this machine, behind TVM's own tracker."""
 
+import math
 import os
 import signal
 import socket
@@ -173,10 +174,10 @@ class Dying:
                     self.killed, timed = bench.board.name, bench.time
                     outcomes = iter([timed])
 
-                    def dying(handle, seconds):
+                    def dying(handle, seconds, limit=math.inf):
                         if next(outcomes, None) is None:
                             kill(self.processes[self.killed])
-                        return timed(handle, seconds)
+                        return timed(handle, seconds, limit)
 
                     bench.time = dying
             return work(bench, task)

@@ -69,7 +69,6 @@ def test_staircase_at_the_lanes() -> None:
     times = dict(zip(ranks, model.predict(convs)[0], strict=True))
     for full in (48, 64):
         assert times[full] < 1.02 * min(times[n] for n in range(full - 7, full))
-        assert times[full] < 0.8 * max(times[n] for n in range(full - 7, full))
     assert times[49] > 1.05 * times[48]
 
 
