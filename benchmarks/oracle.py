@@ -111,7 +111,7 @@ class Bench:
         self.local = LocalBench(target=self.target, threads=threads)
 
     def oracle(self, name: str, trials: int) -> Any:
-        """An oracle with a database of this name."""
+        """An oracle with a database of this name; closing it would end the processes that all of them share."""
         from tvm_lowrank.search.oracle import LatencyOracle
 
         options = {"trials": trials, "threads": self.threads, "bench": self.local}
@@ -153,8 +153,8 @@ def trials(bench: Bench) -> Iterator[str]:
     shapes = [Shape("3x3", 128, 128, 28, (3, 3)), Shape("1x1", 256, 144, 28, (1, 1))]
     logging.disable()  # MetaSchedule's, which is long
     modules = module_of(shapes)
-    with bench.oracle("warm-up", 2) as oracle:  # the workers' import is not part of it
-        oracle.measure([bench.kernel(module_of([Shape("1x1", 16, 16, 7, (1, 1))])[0])])
+    oracle = bench.oracle("warm-up", 2)  # the workers' import is not part of it
+    oracle.measure([bench.kernel(module_of([Shape("1x1", 16, 16, 7, (1, 1))])[0])])
     heads = ("stock: GFLOPS", "trials/min", "ours: GFLOPS", "trials/min")
     yield f"{'task':24s} " + " ".join(f"{head:>13s}" for head in heads) + f" {'times':>6s}"
     for shape, module in zip(shapes, modules, strict=True):
@@ -173,11 +173,11 @@ def trials(bench: Bench) -> Iterator[str]:
             stock_seconds = time.perf_counter() - start
             records = [r for r in database.get_all_tuning_records() if r.run_secs]
             stock = min(float(min(r.run_secs)) for r in records)
-        with bench.oracle("trials", count) as oracle:
-            start = time.perf_counter()
-            oracle.measure([kernel])
-            seconds = time.perf_counter() - start
-            ours = oracle.known(kernel.key).ms / 1e3
+        oracle = bench.oracle("trials", count)
+        start = time.perf_counter()
+        oracle.measure([kernel])
+        seconds = time.perf_counter() - start
+        ours = oracle.known(kernel.key).ms / 1e3
         rates = [60 * count / stock_seconds, 60 * count / seconds]
         found = [gflops(kernel.func, s) for s in (stock, ours)]
         yield (
@@ -188,14 +188,14 @@ def trials(bench: Bench) -> Iterator[str]:
 
 def schedules(bench: Bench) -> Iterator[str]:
     """Best found against the number of trials."""
-    budgets, thorough = (2, 4, 8, 16), 64
+    budgets, thorough = (2, 4, 8), 48
     shapes = unseen(12, 5)
     teachers = unseen(30, 77)
     yield f"slower than the best known (GFLOPS) after so many trials; taught by {len(teachers)} other shapes; s for 8"
     heads = " ".join(f"{f'cold {b}':>8s}" for b in budgets) + " " + " ".join(f"{f'taught {b}':>9s}" for b in budgets)
     yield f"{'shape':26s} {'best':>5s} {heads} {'s':>5s}"
-    with bench.oracle("taught", 8) as oracle:
-        oracle.measure([bench.kernel(module) for module in module_of(teachers)])
+    oracle = bench.oracle("taught", 8)
+    oracle.measure([bench.kernel(module) for module in module_of(teachers)])
     (database,) = (bench.folder / "taught").rglob("*.jsonl")
     lost: dict[str, list[float]] = {}
     for number, (shape, module) in enumerate(zip(shapes, module_of(shapes), strict=True)):
@@ -207,12 +207,12 @@ def schedules(bench: Bench) -> Iterator[str]:
                 copy.parent.mkdir(parents=True)
                 if start == "taught":
                     copy.write_bytes(database.read_bytes())
-                with bench.oracle(name, budget) as oracle:
-                    began = time.perf_counter()
-                    oracle.measure([kernel])
-                    if (start, budget) == ("taught", 8):
-                        seconds = time.perf_counter() - began
-                    found[f"{start} {budget}"] = oracle.database[kernel.key]
+                oracle = bench.oracle(name, budget)
+                began = time.perf_counter()
+                oracle.measure([kernel])
+                if (start, budget) == ("taught", 8):
+                    seconds = time.perf_counter() - began
+                found[f"{start} {budget}"] = oracle.database[kernel.key]
         distinct = list(dict.fromkeys(found.values()))
         times = dict(zip(distinct, bench.compare(kernel.func, distinct), strict=True))
         best = min(times.values())
@@ -231,9 +231,9 @@ def surrogate(bench: Bench) -> Iterator[str]:
     """Errors on convolutions that were not measured."""
     from tvm_lowrank.search.surrogate import Surrogate
 
-    with bench.oracle("surrogate", 8) as oracle:
-        oracle.measure([bench.kernel(module) for module in module_of(unseen(150, 11))])
-        known = oracle.convolutions()
+    oracle = bench.oracle("surrogate", 8)
+    oracle.measure([bench.kernel(module) for module in module_of(unseen(150, 11))])
+    known = oracle.convolutions()
     order = np.random.default_rng(0).permutation(len(known))
     held = [known[i] for i in order[100:]]
     yield f"{'measured':>8s} {'unseen':>7s} {'median error':>13s} {'90th percentile':>16s}"
@@ -268,7 +268,6 @@ def whole(bench: Bench) -> Iterator[str]:
     from tvm_lowrank import example
     from tvm_lowrank.graph import find_sites
     from tvm_lowrank.lower import build, lower
-    from tvm_lowrank.plan import Choice
     from tvm_lowrank.search.local import measure_interleaved
     from tvm_lowrank.search.times import SiteTimes
     from tvm_lowrank.transform import replace_sites, shape_chains
@@ -276,31 +275,31 @@ def whole(bench: Bench) -> Iterator[str]:
     models = {"example": (example.model(), example.INPUT_SHAPE), "ResNet-18": (resnet18(), SIZE)}
     yield f"{'network':12s} {'plan':>6s} {'measured ms':>12s} {'sum of kernels':>15s} {'predicted':>10s} {'error':>7s}"
     runs = {}
-    with bench.oracle("whole", 8) as oracle:
-        for name, (module, shape) in models.items():
-            mod = import_torch(module, shape)
-            sites = find_sites(mod)
-            times = SiteTimes(mod, sites, oracle, batch=1)
-            times.measure_others()
-            plans = random_plans(sites, 5, bench.profile.lanes)
-            libraries = {}
-            for i, plan in enumerate(plans):
-                times.measure([(site.id, plan.get(site.id, Choice())) for site in sites])
-                changed = replace_sites(mod, shape_chains(mod, plan)) if plan else mod
-                lowered = lower(changed, batch=1, target=bench.target)
-                libraries[str(i)] = build(lowered, oracle.database, bench.target, threads=bench.threads)
-            x = np.random.default_rng(0).standard_normal(shape).astype("float32")
-            found = measure_interleaved(libraries, x, rounds=15, threads=bench.threads)
-            runs[name] = [(plan, float(np.median(found[str(i)]))) for i, plan in enumerate(plans)]
-            sums = [times.whole(plan) for plan in plans]
-            times.learn({}, runs[name][0][1])
-            errors = []
-            for i, (plan, ms) in enumerate(runs[name]):
-                predicted = times.whole(plan)
-                errors.append(abs(predicted / ms - 1))
-                label = f"{i}" if i else "dense"
-                yield f"{name:12s} {label:>6s} {ms:12.3f} {sums[i]:15.3f} {predicted:10.3f} {errors[-1]:7.1%}"
-            yield f"{name:12s} {'worst of five':>19s} {max(errors[1:]):33.1%}"
+    oracle = bench.oracle("whole", 8)
+    for name, (module, shape) in models.items():
+        mod = import_torch(module, shape)
+        sites = find_sites(mod)
+        times = SiteTimes(mod, sites, oracle, batch=1)
+        times.measure_others()
+        plans = random_plans(sites, 5, bench.profile.lanes)
+        libraries = {}
+        for i, plan in enumerate(plans):
+            times.whole(plan)
+            changed = replace_sites(mod, shape_chains(mod, plan)) if plan else mod
+            lowered = lower(changed, batch=1, target=bench.target)
+            libraries[str(i)] = build(lowered, oracle.database, bench.target, threads=bench.threads)
+        x = np.random.default_rng(0).standard_normal(shape).astype("float32")
+        found = measure_interleaved(libraries, x, rounds=15, threads=bench.threads)
+        runs[name] = [(plan, float(np.median(found[str(i)]))) for i, plan in enumerate(plans)]
+        sums = [times.whole(plan) for plan in plans]
+        times.learn({}, runs[name][0][1])
+        errors = []
+        for i, (plan, ms) in enumerate(runs[name]):
+            predicted = times.whole(plan)
+            errors.append(abs(predicted / ms - 1))
+            label = f"{i}" if i else "dense"
+            yield f"{name:12s} {label:>6s} {ms:12.3f} {sums[i]:15.3f} {predicted:10.3f} {errors[-1]:7.1%}"
+        yield f"{name:12s} {'worst of five':>19s} {max(errors[1:]):33.1%}"
 
 
 def chains(bench: Bench) -> Iterator[str]:
@@ -341,19 +340,19 @@ def _chains(bench: Bench, mod: Any, plans: Any, shape: Sequence[int] | None, dat
     from tvm_lowrank.transform import replace_sites, shape_chains
 
     sites, libraries, times, tuned, macs, slowest = find_sites(mod), {}, {}, {}, {}, {}
-    with bench.oracle(database, 12) as oracle:
-        for name, plan in plans.items():
-            changed = replace_sites(mod, shape_chains(mod, plan)) if plan else mod
-            lowered = lower(changed, batch=1, target=bench.target)
-            start = time.perf_counter()
-            found = oracle.measure(kernels(lowered))
-            tuned[name] = time.perf_counter() - start
-            convs = [k for k in kernels(lowered) if k.is_conv]
-            times[name] = sum(found[k.key].ms for k in convs)
-            if shape is not None:
-                libraries[name] = build(lowered, oracle.database, bench.target, threads=bench.threads)
-            macs[name] = sum(site_macs(site, plan.get(site.id, Choice())) for site in sites)
-            slowest[name] = min(gflops(k.func, found[k.key].ms / 1e3) for k in convs)
+    oracle = bench.oracle(database, 12)
+    for name, plan in plans.items():
+        changed = replace_sites(mod, shape_chains(mod, plan)) if plan else mod
+        lowered = lower(changed, batch=1, target=bench.target)
+        start = time.perf_counter()
+        found = oracle.measure(kernels(lowered))
+        tuned[name] = time.perf_counter() - start
+        convs = [k for k in kernels(lowered) if k.is_conv]
+        times[name] = sum(found[k.key].ms for k in convs)
+        if shape is not None:
+            libraries[name] = build(lowered, oracle.database, bench.target, threads=bench.threads)
+        macs[name] = sum(site_macs(site, plan.get(site.id, Choice())) for site in sites)
+        slowest[name] = min(gflops(k.func, found[k.key].ms / 1e3) for k in convs)
     if shape is not None:
         x = np.random.default_rng(0).standard_normal(shape).astype("float32")
         runs = measure_interleaved(libraries, x, rounds=15, threads=bench.threads)
@@ -380,12 +379,12 @@ def networks(bench: Bench) -> Iterator[str]:
     for name, module in {"ResNet-18": resnet18(), "VGG-16": vgg16()}.items():
         mod = import_torch(module, SIZE)
         lowered = lower(mod, batch=1, target=bench.target)
-        with bench.oracle("networks", 8) as oracle:
-            start = time.perf_counter()
-            oracle.measure(kernels(lowered))
-            seconds = time.perf_counter() - start
-            path = bench.folder / f"{name}.so"
-            build(lowered, oracle.database, bench.target, threads=bench.threads).export_library(str(path))
+        oracle = bench.oracle("networks", 8)
+        start = time.perf_counter()
+        oracle.measure(kernels(lowered))
+        seconds = time.perf_counter() - start
+        path = bench.folder / f"{name}.so"
+        build(lowered, oracle.database, bench.target, threads=bench.threads).export_library(str(path))
         bench.local.close()
         x = np.random.default_rng(0).standard_normal(SIZE).astype("float32")
         runs: dict[str, Callable[[np.ndarray], Any]] = {"ours": CompiledModel(path, SIZE)}

@@ -20,7 +20,7 @@ from tvm_lowrank.data import Splits, fingerprint
 from tvm_lowrank.decompose import Chain
 from tvm_lowrank.errors import MeasurementError
 from tvm_lowrank.graph import Site, find_sites
-from tvm_lowrank.lower import build, lower
+from tvm_lowrank.lower import build, kernels, lower
 from tvm_lowrank.metric import Metric, accuracy, paired_drop
 from tvm_lowrank.plan import Choice, Plan
 from tvm_lowrank.search.candidates import site_macs, skipped
@@ -193,7 +193,7 @@ def judged(library: Library, splits: Splits, metric: Metric, device: Device, *, 
 
 
 def build_library(mod: IRModule, oracle: LatencyOracle, delivery: Delivery, name: str) -> Library:
-    """Compile a canonical module to a file of the bundle, with the schedules that the oracle knows.
+    """Compile a canonical module to a file of the bundle; kernels that the oracle does not know are tuned first.
 
     Raises
     ------
@@ -204,6 +204,7 @@ def build_library(mod: IRModule, oracle: LatencyOracle, delivery: Delivery, name
     target = oracle.profile.tvm_target(oracle.threads)
     lowered = lower(mod, batch=shape[0], target=target)
     compiler, options = device.linker
+    oracle.measure(kernels(lowered))
     executable = build(lowered, oracle.database, target, threads=oracle.threads)
     export_library(executable, path, cc=compiler, options=options)
     model = device.model(path, shape)

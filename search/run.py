@@ -82,7 +82,7 @@ def search(request: Request) -> dict[str, Any]:
         If the input is bad, or the output cannot be written.
     """
     start = time.monotonic()
-    _check_options(request)
+    check_options(request)
     find_compiler()
     profile = load_profile(request.target)
     check_connection(profile, request.connection)
@@ -215,7 +215,8 @@ def load_data_of(request: Request, mod: IRModule) -> Splits:
     return load_data(request.data, input_shape=shape, mean=request.mean, std=request.std, classes=classes)
 
 
-def _check_options(request: Request) -> None:
+def check_options(request: Request) -> None:
+    """Raise UserError unless the numbers and methods of a request are possible."""
     unknown = [name for name in request.methods if name not in METHODS]
     if unknown or not request.methods:
         raise UserError(f"unknown method {', '.join(unknown) or '(none)'}; known are {', '.join(METHODS)}")

@@ -27,7 +27,8 @@ class SiteTimes:
     and the other kernels together are the predicted latency of the whole network.
 
     A site's kernels (with the bias, activation and residual addition fused into the last) do not depend on what the
-    other sites become, so one lowering serves one choice for every site.
+    other sites become, but for which of two branches a residual addition is fused into. So one lowering serves one
+    choice for every site, and the library that is built may still have a kernel that was not measured for it.
     """
 
     def __init__(self, mod: IRModule, sites: Sequence[Site], oracle: LatencyOracle, *, batch: int) -> None:
@@ -64,17 +65,20 @@ class SiteTimes:
         return self._sum(self._others)
 
     def whole(self, plan: Mapping[str, Choice]) -> float:
-        """Predicted milliseconds of the whole network under a plan, of which everything has been measured."""
-        return self._sum(self._network(plan))
+        """Predicted milliseconds of the whole network under a plan; its kernels are tuned, if they were not."""
+        found = self._network(plan)
+        self._tune(found)
+        return self._sum(found)
 
     def learn(self, plan: Mapping[str, Choice], ms: float) -> None:
         """Correct the predictions by the measured milliseconds of a whole network."""
-        kernels = self._network(plan)
-        self._whole.add(Measured(sum(self._known(k).ms for k in kernels), ms, Traffic.of(kernels)))
+        found = self._network(plan)
+        self._tune(found)
+        self._whole.add(Measured(sum(self._known(kernel).ms for kernel in found), ms, Traffic.of(found)))
 
     def _network(self, plan: Mapping[str, Choice]) -> list[Kernel]:
-        sites = [kernel for site in self._sites for kernel in self._kernels[site, plan.get(site, Choice())]]
-        return [*sites, *self._others]
+        rewritten = replace_sites(self._mod, shape_chains(self._mod, plan)) if plan else self._mod
+        return kernels(lower(rewritten, batch=self._batch, target=self._target))
 
     def _sum(self, kernels: Sequence[Kernel]) -> float:
         """Milliseconds of kernels that have been measured, as they are in a network."""
@@ -102,12 +106,12 @@ class SiteTimes:
 
     def _lower(self, plan: Mapping[str, Choice]) -> None:
         """Find the kernels of each site under a plan: those of its convolutions, in the order of execution."""
-        rewritten = replace_sites(self._mod, shape_chains(self._mod, plan))
-        found = kernels(lower(rewritten, batch=self._batch, target=self._target))
+        found = self._network(plan)
         convs = iter([kernel for kernel in found if kernel.is_conv])
         for site in self._sites.values():
             choice = plan.get(site.id, Choice())
-            self._kernels[site.id, choice] = [next(convs) for _ in chain_specs(site, choice)]
+            own = [next(convs) for _ in chain_specs(site, choice)]
+            self._kernels.setdefault((site.id, choice), own)
         self._others = [kernel for kernel in found if not kernel.is_conv]
 
     def measured(self, site: str, choice: Choice) -> float | None:

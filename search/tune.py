@@ -7,28 +7,26 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tvm.ir import IRModule
 
 from tvm_lowrank import console
 from tvm_lowrank.bundle import write_text
 from tvm_lowrank.data import EXAMPLE
-from tvm_lowrank.decompose import METHODS
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.graph import Site, find_sites
-from tvm_lowrank.lower import Kernel, kernels, lower
+from tvm_lowrank.lower import kernels, lower
 from tvm_lowrank.plan import Choice
 from tvm_lowrank.search.cache import KernelCache, exported, how_to_tune, read_export
 from tvm_lowrank.search.candidates import candidates, site_macs
 from tvm_lowrank.search.device import check_connection
 from tvm_lowrank.search.oracle import LatencyOracle
 from tvm_lowrank.search.peaks import Peaks, measure_peaks
-from tvm_lowrank.search.run import Request, load_model, opened
+from tvm_lowrank.search.run import Request, check_options, load_model, opened
 from tvm_lowrank.search.times import SiteTimes
+from tvm_lowrank.search.whole import operand_bytes
 from tvm_lowrank.targets.profile import Profile, load_profile
 
 SCHEMA = 1
@@ -151,7 +149,9 @@ def profile(request: Request, *, count: int = CANDIDATES, as_json: bool = False)
     MeasurementError
         If the device fails.
     """
-    _check_options(request, count)
+    check_options(request)
+    if count < 0:
+        raise UserError(f"--candidates {count} is not possible; give 0 for none")
     target = load_profile(request.target)
     check_connection(target, request.connection)
     mod = load_model(request)
@@ -177,17 +177,6 @@ def profile(request: Request, *, count: int = CANDIDATES, as_json: bool = False)
         raise
 
 
-def _check_options(request: Request, count: int) -> None:
-    unknown = [name for name in request.methods if name not in METHODS]
-    if unknown or not request.methods:
-        raise UserError(f"unknown method {', '.join(unknown) or '(none)'}; known are {', '.join(METHODS)}")
-    for name in ("trials", "threads", "batch"):
-        if getattr(request, name) < 1:
-            raise UserError(f"--{name} {getattr(request, name)} is not possible; give at least 1")
-    if count < 0:
-        raise UserError(f"--candidates {count} is not possible; give 0 for none")
-
-
 def timed_kernels(mod: IRModule, oracle: LatencyOracle, *, batch: int) -> list[Timed]:
     """The kernels of the dense network in the order of execution; those that the database lacks are tuned."""
     found = kernels(lower(mod, batch=batch, target=oracle.profile.tvm_target(oracle.threads)))
@@ -198,14 +187,8 @@ def timed_kernels(mod: IRModule, oracle: LatencyOracle, *, batch: int) -> list[T
     for kernel in found:
         site, ms = next(sites) if kernel.is_conv else None, latencies[kernel.key].ms
         id, macs = (None, 0) if site is None else (site.id, batch * site.macs)
-        rows.append(Timed(kernel.name, id, ms, ms / total, macs, _bytes(kernel)))
+        rows.append(Timed(kernel.name, id, ms, ms / total, macs, sum(operand_bytes(kernel))))
     return rows
-
-
-def _bytes(kernel: Kernel) -> int:
-    """Of all arguments of a kernel."""
-    parameters = kernel.func["main"].params
-    return sum(prod(int(d) for d in p.shape) * np.dtype(str(p.dtype)).itemsize for p in parameters)
 
 
 def spread(sites: Sequence[Site], options: Mapping[str, Sequence[Choice]], count: int) -> list[tuple[str, Choice]]:

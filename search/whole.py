@@ -47,7 +47,7 @@ class Traffic:
         """That of kernels that are called one after the other."""
         weights = activations = calls = 0.0
         for kernel in kernels:
-            constants, operands = _bytes(kernel)
+            constants, operands = operand_bytes(kernel)
             weights += constants / MEGABYTE
             activations += max(0.0, operands / MEGABYTE - CACHED)
             calls += 0.01
@@ -55,7 +55,7 @@ class Traffic:
 
 
 @lru_cache(maxsize=4096)
-def _bytes(kernel: Kernel) -> tuple[int, int]:
+def operand_bytes(kernel: Kernel) -> tuple[int, int]:
     """Of the constants among a kernel's operands, and of the others."""
     main = kernel.func["main"]
     constant = {int(i) for i in (main.attrs or {}).get("layout_free_buffers", ())}

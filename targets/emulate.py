@@ -101,7 +101,7 @@ def board_command(arch: str, folder: Path) -> list[str]:
     UserError
         If QEMU is needed and missing.
     """
-    program = str(folder / PROGRAM)
+    program = str(folder.resolve() / PROGRAM)  # it is started in another folder
     if arch == host_arch():
         return [program]
     triple = triple_of(arch)
