@@ -10,6 +10,7 @@ from tvm_lowrank.schedule import Tiling, Workload, default_tiling
 
 MAX_CHANNEL_VECTORS = 8
 CHANNELWISE_VECTORS = 2  # there, more of them share nothing
+CHANNELWISE_PART = 4  # of the registers for accumulators there; every one needs its own inputs, and more are spilt
 STRIPE = 4  # rows, of which the padded input usually fits the first cache
 LATENCY = 8  # independent accumulators that keep two FMA units of latency four busy
 LOAD_COST = 0.02  # what a load costs beside the FMAs that hide it; breaks ties between full tiles
@@ -21,12 +22,15 @@ def register_tiles(space: Workload, *, lanes: int, registers: int) -> list[Tilin
     A step of the reduction loads one vector of weights per channel vector and broadcasts one input value per
     position; both must leave room for the accumulators and be hidden behind the multiplications.
     """
+    most_vectors, accumulators = MAX_CHANNEL_VECTORS, registers - 1
+    if space.channelwise:
+        most_vectors, accumulators = CHANNELWISE_VECTORS, registers // CHANNELWISE_PART
     tiles = [
         Tiling((*positions, vectors * vector), vector)
         for vector in _vectors(space.group, lanes)
         for vectors in _divisors(space.group // vector)
-        if vectors <= (CHANNELWISE_VECTORS if space.channelwise else MAX_CHANNEL_VECTORS)
-        for positions in _positions(space.spatial[:-1], max(1, (registers - 1 - vectors) // vectors))
+        if vectors <= most_vectors
+        for positions in _positions(space.spatial[:-1], max(1, accumulators // vectors - (not space.channelwise)))
     ]
     return sorted(tiles, key=lambda tiling: (tile_cost(tiling, space, lanes), -tiling.tile[-1], tiling.tile))
 
