@@ -66,7 +66,10 @@ def first_candidates(space: Workload | None, *, lanes: int, registers: int, limi
 
 
 def _stripes(space: Workload, tiling: Tiling) -> list[int]:
-    """The numbers of rows that are worth padding at a time, beside all of them: the two nearest to four."""
+    """The numbers of rows that are worth padding at a time, beside the whole input.
+
+    The two nearest to four; where a channel tile is padded by itself, all rows and the nearest to four.
+    """
     if not space.padded:
         return []
     rows, tile = space.spatial[1], tiling.tile[1]
