@@ -46,6 +46,25 @@ LAYERS = {
 }
 
 
+class Shared(nn.Module):
+    """A depthwise convolution whose channels something else sees as well as the pointwise one behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.depthwise = nn.Conv2d(16, 48, 3, padding=1, groups=16, bias=False)
+        self.pointwise = nn.Conv2d(48, 32, 1)
+
+    def forward(self, x):
+        inner = self.depthwise(x)
+        return torch.cat([self.pointwise(inner), inner], dim=1)
+
+
+def test_channels_that_something_else_sees_stay_in_order():
+    net, x = network(Shared()), sample(2, 16, 8, 8)
+    lowered = lower(canonical(net, x.shape[1:]), batch=2, target=TARGET)
+    np.testing.assert_allclose(run(build(lowered, {}, TARGET), x), expected(net, x), rtol=1e-4, atol=1e-5)
+
+
 class Residual(nn.Module):
     def __init__(self):
         super().__init__()

@@ -16,6 +16,7 @@ import numpy as np
 import tvm
 from tvm import relax, te, topi
 from tvm.ir import GenericConst, IRModule, Op
+from tvm.relax.analysis import free_vars
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from tvm_lowrank.schedule import INTERLEAVED, largest_divisor
@@ -83,7 +84,9 @@ def _changes(function: relax.Function) -> dict[relax.Call, _Change]:
     """What becomes of the convolutions of the pairs between which the order of the channels is free."""
     bindings = [binding for block in function.body.blocks for binding in block.bindings]
     calls = {binding.var: binding.value for binding in bindings if isinstance(binding.value, relax.Call)}
-    uses = Counter(arg for call in calls.values() for arg in call.args if isinstance(arg, relax.Var))
+    # a tuple, such as the operands of a concatenation, and the result are uses as well
+    values = [*(binding.value for binding in bindings), function.body.body]
+    uses = Counter(var for value in values for var in free_vars(value))
     changes: dict[relax.Call, _Change] = {}
     for second in calls.values():
         first = calls.get(second.args[0]) if _is_plain(second) else None
