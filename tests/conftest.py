@@ -7,6 +7,8 @@ import shutil
 
 import pytest
 
+from support.command import run  # noqa: F401 - a fixture
+
 # what `.ci/run` installs, by the program that a test looks for
 PACKAGES = {
     "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu",

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tvm_lowrank import cli, example
+from support.command import Run
+from tvm_lowrank import example
 from tvm_lowrank.search.oracle import LatencyOracle
 from tvm_lowrank.targets.profile import load_profile
 
@@ -40,32 +40,6 @@ def odd():
 def none():
     return None
 """
-
-
-@dataclass(frozen=True)
-class Done:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-Run = Callable[..., Done]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command line in this process (a new one would import everything again)."""
-
-    def call(*arguments: str | Path, cwd: Path) -> Done:
-        monkeypatch.chdir(cwd)
-        monkeypatch.setattr(sys, "argv", ["tvm_lowrank", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return Done(int(ended.value.code or 0), captured.out, captured.err)
-
-    return call
 
 
 def test_a_process_ends_with_exit_code_2(tmp_path: Path) -> None:

@@ -6,11 +6,10 @@ import io
 import json
 import math
 import multiprocessing
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +18,7 @@ from typing import Any
 import pytest
 import tvm
 
-from tvm_lowrank import cli
+from support.command import Done, Run
 from tvm_lowrank.decompose import ConvSpec
 from tvm_lowrank.errors import MeasurementError, UserError
 from tvm_lowrank.graph import Site, find_sites
@@ -52,16 +51,6 @@ def build():
 ARGUMENTS = ("--model", "net.py:build", "--input-shape", "1,3,8,8", "--trials", "1")
 
 
-@dataclass(frozen=True)
-class Done:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-Run = Callable[..., Done]
-
-
 class FakeBench:
     """Runs nothing: every kernel takes a millisecond."""
 
@@ -88,22 +77,6 @@ class FakeBench:
 
     def close(self) -> None:
         pass
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command line in this process."""
-
-    def call(*arguments: str | Path, cwd: Path) -> Done:
-        monkeypatch.chdir(cwd)
-        monkeypatch.setattr(sys, "argv", ["tvm_lowrank", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return Done(int(ended.value.code or 0), captured.out, captured.err)
-
-    return call
 
 
 def one_line_error(done: Done, *named: str) -> None:
