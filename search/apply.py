@@ -13,7 +13,7 @@ from tvm_lowrank.bridge import TorchBridge
 from tvm_lowrank.bundle import find_compiler, prepare_out
 from tvm_lowrank.calibrate import collect_fisher, collect_moments
 from tvm_lowrank.data import Splits, overlaps
-from tvm_lowrank.decompose import METHODS, Chain, decompose
+from tvm_lowrank.decompose import METHODS, decompose
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.graph import Site, find_sites
 from tvm_lowrank.metric import load_metric
@@ -21,11 +21,13 @@ from tvm_lowrank.plan import Choice, Plan
 from tvm_lowrank.search.candidates import wide
 from tvm_lowrank.search.deliver import deliver_plan
 from tvm_lowrank.search.device import check_connection
+from tvm_lowrank.search.reconstruct import reconstruct_if_better
 from tvm_lowrank.search.refit import dense_outputs, refit
 from tvm_lowrank.search.run import Request, delivery_of, load_data_of, load_model, opened, synthetic_images
 from tvm_lowrank.search.times import SiteTimes
 from tvm_lowrank.synthetic import shrunk
 from tvm_lowrank.targets.profile import load_profile
+from tvm_lowrank.transform import replace_sites
 
 
 def apply_plan(request: Request, plan_path: Path) -> dict[str, Any]:
@@ -55,11 +57,11 @@ def apply_plan(request: Request, plan_path: Path) -> dict[str, Any]:
 
     seconds: dict[str, float] = {}
     with console.timed(seconds, "decomposing"):
-        chains = _chains(mod, sites, plan, splits, seed=request.seed)
+        network = _network(mod, sites, plan, splits, seed=request.seed)
     with opened(request, profile) as (device, oracle):
         return deliver_plan(
             plan,
-            chains,
+            network,
             mod,
             SiteTimes(mod, sites, oracle, batch=request.batch),
             oracle,
@@ -88,7 +90,8 @@ def check_plan(plan: Mapping[str, Choice], sites: list[Site], path: Path) -> Non
             raise UserError(f"{path}: site {name!r}: {error}; change the plan") from error
 
 
-def _chains(mod: IRModule, sites: list[Site], plan: Plan, splits: Splits | None, *, seed: int) -> dict[str, Chain]:
+def _network(mod: IRModule, sites: list[Site], plan: Plan, splits: Splits | None, *, seed: int) -> IRModule:
+    """What a dense module becomes under a plan."""
     chosen = [site for site in sites if plan.get(site.id, Choice()).rank is not None]
     bridge = TorchBridge(mod)
     if splits is None:
@@ -97,7 +100,7 @@ def _chains(mod: IRModule, sites: list[Site], plan: Plan, splits: Splits | None,
         usual = [site for site in chosen if not wide(site)]
         moments = {name: shrunk(found) for name, found in collect_moments(bridge, usual, images, seed=seed).items()}
         fisher = collect_fisher(bridge, chosen, images, seed=seed)
-        return {
+        chains = {
             site.id: decompose(
                 site.weight,
                 site.spec,
@@ -108,8 +111,12 @@ def _chains(mod: IRModule, sites: list[Site], plan: Plan, splits: Splits | None,
             )
             for site in console.track(chosen, "decomposing")
         }
+        return replace_sites(mod, chains)
     images = splits.calibration
     targets = dense_outputs(bridge, chosen, images, seed=seed)
     fisher = collect_fisher(bridge, chosen, images, seed=seed)
     with console.progress("decomposing and refitting", len(sites)) as advance:
-        return refit(mod, sites, plan, images, targets, fisher=fisher, seed=seed, advance=advance)
+        chains = refit(mod, sites, plan, images, targets, fisher=fisher, seed=seed, advance=advance)
+    if not chains:
+        return mod
+    return reconstruct_if_better(mod, replace_sites(mod, chains), images, splits.selection[0], seed=seed)

@@ -79,7 +79,10 @@ class Entry:
 
 @dataclass
 class KernelCache:
-    """The cache of one target; later lines win. Several processes may use the same file."""
+    """The cache of one target; later lines win. Several processes may use the same file.
+
+    All methods raise UserError if the file cannot be read or written, or a line but the last is damaged.
+    """
 
     path: Path
     entries: dict[str, Entry] = field(default_factory=dict)
@@ -98,9 +101,9 @@ class KernelCache:
         cache = cls(folder / FILE)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            cache.refresh()
         except OSError as error:
             raise UserError(f"cannot use the cache {cache.path}: {error.strerror}; choose another folder") from error
+        cache.refresh()
         return cache
 
     def refresh(self) -> None:
@@ -135,9 +138,14 @@ class KernelCache:
 
     @contextmanager
     def _locked(self) -> Iterator[BinaryIO]:
-        with open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield file
+        try:
+            with open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                yield file
+        except OSError as error:
+            raise UserError(
+                f"cannot use the cache {self.path}: {error.strerror}; make room there or choose another folder"
+            ) from error
 
     def _read(self, file: BinaryIO) -> None:
         file.seek(self.position)

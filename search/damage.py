@@ -11,7 +11,7 @@ the probes corrects the prediction.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,7 @@ from tvm_lowrank.plan import Choice
 # predicted damages at which a site is probed, as shares of what it may take in a likely plan
 PROBED_SHARES = (0.1, 0.5, 2.0, 8.0)
 SLOPES = (0.7, 2.0)  # of log damage over log prediction, when extrapolating
+SOLVED = 4  # ranks of a site that are solved where each takes a solve; the errors of the others follow from them
 
 
 def divergence(dense: np.ndarray, changed: np.ndarray) -> float:
@@ -29,6 +30,20 @@ def divergence(dense: np.ndarray, changed: np.ndarray) -> float:
     p = torch.log_softmax(torch.from_numpy(dense).double(), dim=1)
     q = torch.log_softmax(torch.from_numpy(changed).double(), dim=1)
     return max(0.0, float((p.exp() * (p - q)).sum(dim=1).mean()))
+
+
+def interpolated(costs: Mapping[Choice, float], error: Callable[[Choice], float]) -> dict[Choice, float]:
+    """The errors of the choices of one method, by `SOLVED` of them; the logarithm is linear in that of the cost.
+
+    ``costs`` are MACs, or anything else that grows with the rank.
+    """
+    ordered = sorted(costs, key=lambda choice: costs[choice])
+    x = np.log([costs[choice] for choice in ordered])
+    goals = np.linspace(x[0], x[-1], SOLVED)
+    solved = sorted({int(np.argmin(np.abs(x - goal))) for goal in goals})
+    errors = np.array([max(error(ordered[i]), 1e-30) for i in solved])
+    errors = np.minimum.accumulate(errors)  # a solve may end higher than that of a lower rank, whose chain it contains
+    return dict(zip(ordered, np.exp(np.interp(x, x[solved], np.log(errors))).tolist(), strict=True))
 
 
 def probes(predicted: Mapping[Choice, float], share: float) -> list[Choice]:

@@ -17,7 +17,6 @@ from tvm_lowrank.bridge import TorchBridge
 from tvm_lowrank.bundle import evaluate, export_library, read_manifest, write_manifest, write_text
 from tvm_lowrank.calibrate import predict
 from tvm_lowrank.data import Splits, fingerprint
-from tvm_lowrank.decompose import Chain
 from tvm_lowrank.errors import MeasurementError
 from tvm_lowrank.graph import Site, find_sites
 from tvm_lowrank.lower import build, kernels, lower
@@ -25,10 +24,9 @@ from tvm_lowrank.metric import Metric, accuracy, paired_drop
 from tvm_lowrank.plan import Choice, Plan
 from tvm_lowrank.search.candidates import site_macs, skipped
 from tvm_lowrank.search.device import Device, Model
-from tvm_lowrank.search.loop import BACK_OFF, Evaluated, Search
+from tvm_lowrank.search.loop import Evaluated, Search
 from tvm_lowrank.search.oracle import LatencyOracle
 from tvm_lowrank.search.times import SiteTimes
-from tvm_lowrank.transform import replace_sites
 
 ROUNDS = 30
 DENSE_ROUNDS = 10
@@ -56,13 +54,13 @@ def deliver(search: Search, kept: Sequence[Evaluated], oracle: LatencyOracle, de
     with console.timed(search.seconds, "tuning kernels"):
         search.times.measure_others()
     with console.timed(search.seconds, "building, verifying and measuring"):
-        manifest = _libraries(search, kept, oracle, delivery)
-    return write_manifest(delivery.out, {**manifest, "seconds": search.seconds})
+        plan, manifest = _libraries(search, kept, oracle, delivery)
+    return write_bundle(delivery.out, plan, {**manifest, "seconds": search.seconds})
 
 
 def deliver_plan(
     plan: Plan,
-    chains: Mapping[str, Chain],
+    network: IRModule,
     mod: IRModule,
     times: SiteTimes,
     oracle: LatencyOracle,
@@ -76,7 +74,8 @@ def deliver_plan(
 ) -> dict[str, Any]:
     """Write the bundle of a plan that is not up for discussion; returns its manifest.
 
-    Without data its accuracy is not measured. ``more`` are further entries of the manifest.
+    ``network`` is what the dense canonical module ``mod`` becomes under it. Without data its accuracy is not measured.
+    ``more`` are further entries of the manifest.
     """
     out, sites = delivery.out, find_sites(mod)
     with console.timed(seconds, "tuning kernels"):
@@ -84,39 +83,49 @@ def deliver_plan(
         times.measure_others()
     with console.timed(seconds, "building, verifying and measuring"):
         dense = build_library(mod, oracle, delivery, "dense.so")
-        compressed = build_library(replace_sites(mod, chains), oracle, delivery, "model.so")
-        data = measured = None
+        compressed = build_library(network, oracle, delivery, "model.so")
+        measured = None
         if splits is not None:
             before = judged(dense, splits, metric, delivery.device, description="accuracy, dense library")
             after = judged(compressed, splits, metric, delivery.device, description="accuracy, compressed library")
             measured = accuracy_entry(metric, before, after, delivery.device, looks=1)
-            data = {**(delivery.data or {}), "evaluation_sha256": fingerprint(splits.evaluation)}
-        latency, speedup = _compare(times, plan, delivery)
-    write_text(out / "plan.json", plan.to_json())
-    return write_manifest(
-        out,
-        {
-            "model": delivery.model,
-            "target": dict(delivery.target),
-            "budget": None,
-            "input_shape": list(delivery.input_shape),
-            "data": data,
-            "accuracy": measured,
-            "latency_ms": latency,
-            "speedup": speedup,
-            "sites": [
-                site_entry(site, choice, times, reason=reason(site, choice))
-                for site in sites
-                for choice in [plan.get(site.id, Choice())]
-            ],
-            "seconds": seconds,
-            **more,
-        },
-    )
+        latency, speedup = compare(times, plan, delivery)
+    described = describe(plan, sites, times, delivery, splits, reason=reason)
+    more = {"budget": None, "accuracy": measured, "latency_ms": latency, "speedup": speedup, "seconds": seconds, **more}
+    return write_bundle(out, plan, {**described, **more})
 
 
-def _libraries(search: Search, kept: Sequence[Evaluated], oracle: LatencyOracle, delivery: Delivery) -> dict[str, Any]:
-    """Build and judge plans until one passes; the manifest without what `write_manifest` adds."""
+def describe(
+    plan: Plan,
+    sites: Sequence[Site],
+    times: SiteTimes,
+    delivery: Delivery,
+    splits: Splits | None,
+    *,
+    reason: Callable[[Site, Choice], str],
+) -> dict[str, Any]:
+    """What a plan's manifest says of the model, the data and the sites; their kernels have been measured."""
+    choices = [(site, plan.get(site.id, Choice())) for site in sites]
+    evaluation = None if splits is None else {"evaluation_sha256": fingerprint(splits.evaluation)}
+    return {
+        "model": delivery.model,
+        "target": dict(delivery.target),
+        "input_shape": list(delivery.input_shape),
+        "data": None if evaluation is None else {**(delivery.data or {}), **evaluation},
+        "sites": [site_entry(site, choice, times, reason=reason(site, choice)) for site, choice in choices],
+    }
+
+
+def write_bundle(folder: Path, plan: Plan, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Write what a bundle has beside its libraries; returns the completed manifest."""
+    write_text(folder / "plan.json", plan.to_json())
+    return write_manifest(folder, manifest)
+
+
+def _libraries(
+    search: Search, kept: Sequence[Evaluated], oracle: LatencyOracle, delivery: Delivery
+) -> tuple[Plan, dict[str, Any]]:
+    """Build and judge plans until one passes: it, and its manifest without the seconds."""
     out, budget = delivery.out, search.settings.budget
     dense = build_library(search.mod, oracle, delivery, "dense.so")
     judge = partial(judged, splits=search.splits, metric=search.metric, device=delivery.device)
@@ -126,46 +135,32 @@ def _libraries(search: Search, kept: Sequence[Evaluated], oracle: LatencyOracle,
     candidate = kept[0] if kept else None
     while candidate is not None:
         console.phase(f"building the plan with {candidate.drop:+.2f} points of drop on the selection split")
-        changed = replace_sites(search.mod, search.chains(candidate.plan))
-        library = build_library(changed, oracle, delivery, "model.so")
+        library = build_library(search.network(candidate), oracle, delivery, "model.so")
         scores = judge(library, description="accuracy, compressed library")
-        drop, _ = paired_drop(dense_scores, scores)
-        search.journal.once("look", candidate.plan.to_json(), partial(float, drop))
-        if drop <= budget:
+        drop, interval = paired_drop(dense_scores, scores)
+        search.journal.once("look", f"{candidate.plan.to_json()} {candidate.finetuned}", partial(float, drop))
+        if (interval[1] if search.settings.confident else drop) <= budget:
             chosen = candidate.plan
             break
-        console.warn(f"{drop:+.2f} points of drop on the evaluation split; trying a milder plan")
-        failed = candidate
-        milder = [other for other in kept if other.damage <= BACK_OFF * failed.damage]
-        candidate = milder[0] if milder else search.milder(failed)
+        console.warn(
+            f"{drop:+.2f} points of drop on the evaluation split ({interval[0]:+.2f} to {interval[1]:+.2f}); "
+            "trying a milder plan"
+        )
+        candidate = search.milder(candidate, kept)
 
     if not chosen:
         shutil.copyfile(out / "dense.so", out / "model.so")
-    latency, speedup = _compare(search.times, chosen, delivery)
+    latency, speedup = compare(search.times, chosen, delivery)
     if chosen and speedup <= 1:
         console.warn(f"the compressed library is not faster ({speedup:.2f}x); the bundle is the tuned dense model")
         shutil.copyfile(out / "dense.so", out / "model.so")
         chosen, speedup, latency["compressed"] = Plan(), 1.0, latency["dense"]
     if not chosen:
         scores = dense_scores
-    write_text(out / "plan.json", chosen.to_json())
-    return {
-        "model": delivery.model,
-        "target": dict(delivery.target),
-        "budget": budget,
-        "input_shape": list(delivery.input_shape),
-        "data": {**(delivery.data or {}), "evaluation_sha256": fingerprint(search.splits.evaluation)},
-        "accuracy": accuracy_entry(
-            search.metric, dense_scores, scores, delivery.device, looks=len(search.journal.of_kind("look"))
-        ),
-        "latency_ms": latency,
-        "speedup": speedup,
-        "sites": [
-            site_entry(site, choice, search.times, reason=reason(search, site, choice))
-            for site in search.sites
-            for choice in [chosen.get(site.id, Choice())]
-        ],
-    }
+    described = describe(chosen, search.sites, search.times, delivery, search.splits, reason=partial(reason, search))
+    looks = len(search.journal.of_kind("look"))
+    entry = accuracy_entry(search.metric, dense_scores, scores, delivery.device, looks=looks)
+    return chosen, {**described, "budget": budget, "accuracy": entry, "latency_ms": latency, "speedup": speedup}
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,7 +225,7 @@ def end_to_end(
     x = np.random.default_rng(0).standard_normal(shape).astype("float32")
     libraries = {"dense": directory / "dense.so", "compressed": directory / "model.so"}
     runs = device.interleaved(libraries, x, rounds=rounds)
-    latency: dict[str, Any] = {name: _summary(ms) for name, ms in runs.items()}
+    latency: dict[str, Any] = {name: summary(ms) for name, ms in runs.items()}
     speedup = latency["dense"]["median"] / latency["compressed"]["median"]
     return {**latency, "threads": device.threads, "batch": shape[0], "how": device.how}, speedup
 
@@ -243,7 +238,7 @@ def dense_latency(mod: IRModule, oracle: LatencyOracle, delivery: Delivery) -> f
     return float(np.median(runs["dense"]))
 
 
-def _compare(times: SiteTimes, plan: Plan, delivery: Delivery) -> tuple[dict[str, Any], float]:
+def compare(times: SiteTimes, plan: Plan, delivery: Delivery) -> tuple[dict[str, Any], float]:
     """`end_to_end` of both libraries, beside what was predicted for them; the prediction learns from it."""
     predicted = {"dense": times.whole({}), "compressed": times.whole(plan)}
     latency, speedup = end_to_end(delivery.out, delivery.device, shape=delivery.input_shape)
@@ -259,7 +254,8 @@ def measure_again(directory: Path, device: Device, *, rounds: int) -> tuple[dict
     return end_to_end(directory, device, rounds=rounds, shape=read_manifest(directory)["input_shape"])
 
 
-def _summary(ms: Sequence[float]) -> dict[str, float]:
+def summary(ms: Sequence[float]) -> dict[str, float]:
+    """The manifest's entry of a library's milliseconds."""
     p10, median, p90 = np.percentile(ms, [10, 50, 90])
     return {"median": float(median), "p10": float(p10), "p90": float(p90)}
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,21 +25,15 @@ class Journal:
     Raises
     ------
     UserError
-        If the file is in use by another process, was written for another header, or has a line that is not JSON.
+        If the file is in use by another process, was written for another header, has a line that is not JSON, or
+        cannot be written.
     """
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
         self.path = path
         self.dropped = False
         self._values: dict[tuple[str, str], Any] = {}
-        try:
-            self._file = path.open("a+b")
-        except OSError as error:
-            raise UserError(f"cannot write journal {path}: {error.strerror}; choose another --out") from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"{path} is in use by another search; wait for it or choose another --out") from error
+        self._file = _locked(path)
         header = json.loads(json.dumps(header))
         entries = list(self._read())
         if not entries:
@@ -69,12 +65,27 @@ class Journal:
             yield entry
 
     def _append(self, entry: dict[str, Any]) -> None:
-        self._file.write(json.dumps(entry, separators=(",", ":")).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            with suppress(OSError):
+                self._file.truncate(end)
+            raise UserError(
+                f"cannot write {self.path}: {error.strerror}; make room and run the same command with --resume"
+            ) from error
 
     def once(self, kind: str, key: str, compute: Callable[[], T]) -> T:
-        """The stored value of (kind, key), or else that of `compute`, stored before it is returned."""
+        """The stored value of (kind, key), or else that of `compute`, stored before it is returned.
+
+        Raises
+        ------
+        UserError
+            If it cannot be written; the journal is as it was before, and can be resumed.
+        """
         if (kind, key) not in self._values:
             value = compute()
             self._append({"kind": kind, "key": key, "value": value})
@@ -82,7 +93,7 @@ class Journal:
         return self._values[kind, key]
 
     def record(self, kind: str, key: str, value: Any) -> None:
-        """Store a value, replacing what this kind and key had."""
+        """Store a value, replacing what this kind and key had; UserError if it cannot be written."""
         self._append({"kind": kind, "key": key, "value": value})
         self._values[kind, key] = value
 
@@ -96,3 +107,23 @@ class Journal:
 
     def close(self) -> None:
         self._file.close()
+
+
+def check_unused(path: Path) -> None:
+    """Raise UserError if a search that is running has this journal, which need not exist."""
+    if path.is_file():
+        _locked(path).close()
+
+
+def _locked(path: Path) -> io.FileIO:
+    # without a buffer: what could not be written must not be tried again when the file is closed
+    try:
+        file = io.FileIO(path, "a+")
+    except OSError as error:
+        raise UserError(f"cannot write journal {path}: {error.strerror}; choose another --out") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise UserError(f"{path} is in use by another search; wait for it or choose another --out") from error
+    return file

@@ -23,7 +23,7 @@ from tvm.ir import IRModule
 
 from tvm_lowrank.bridge import TorchBridge
 from tvm_lowrank.calibrate import sample_columns, sample_positions, sample_values
-from tvm_lowrank.decompose import Chain, Moments, compose, decompose, grouped
+from tvm_lowrank.decompose import METHODS, Chain, Factors, Moments, compose, decompose, grouped
 from tvm_lowrank.epilogue import Epilogue, epilogue, rivals
 from tvm_lowrank.graph import Site
 from tvm_lowrank.plan import Choice
@@ -137,6 +137,7 @@ def refit(
     targets: Mapping[str, Target],
     *,
     fisher: Mapping[str, np.ndarray] | None = None,
+    known: Mapping[tuple[str, str], Factors] | None = None,
     nonlinear: bool = True,
     seed: int = 0,
     advance: Callable[[], object] = lambda: None,
@@ -149,6 +150,7 @@ def refit(
     images : calibration images, float32 NCHW.
     targets : what `dense_outputs` returned for the same images and seed.
     fisher : Fisher information (N, N) of the sites' outputs, which weights their errors where it is given.
+    known : factors of the dense weights by site and method, near which CP solves start.
     nonlinear : minimise the error after residual addition, activation and max-pool, not that of the output itself.
     advance : called after each site.
     """
@@ -164,7 +166,9 @@ def refit(
                 chains[site.id] = _of_weights(site, choice, columns, target)
                 advance()
                 continue
-            regression = _Regression(site, choice, columns, (fisher or {}).get(site.id))
+            factors = (known or {}).get((site.id, choice.method)) if METHODS[choice.method].starts else None
+            near = None if factors is None else factors.weights(choice.rank)
+            regression = _Regression(site, choice, columns, (fisher or {}).get(site.id), near)
             if nonlinear:
                 chains[site.id] = _through(regression, after, target, addend)
             else:
@@ -201,8 +205,16 @@ def _through(regression: _Regression, after: Epilogue, target: Target, addend: T
 class _Regression:
     """Least squares of any outputs on the columns of a site, by the chains of one choice."""
 
-    def __init__(self, site: Site, choice: Choice, columns: Tensor, fisher: np.ndarray | None) -> None:
+    def __init__(
+        self,
+        site: Site,
+        choice: Choice,
+        columns: Tensor,
+        fisher: np.ndarray | None,
+        near: Sequence[np.ndarray] | None = None,
+    ) -> None:
         self.site, self.choice, self.columns, self.fisher = site, choice, columns, fisher
+        self._near = near  # weights of a chain for a similar kernel
         self.moments = moments_of(columns)
         # each direction of the input is regressed as far as its variance carries it
         lifted = self.moments.covariance.copy()
@@ -221,8 +233,16 @@ class _Regression:
         regressed = weight + np.stack([linalg.cho_solve(f, m.T).T for f, m in zip(self._factors, missing, strict=True)])
         kernel, recipe = regressed.reshape(spec.weight_shape), self.choice
         assert recipe.rank is not None
-        norm = {"moments": self.moments, "fisher": self.fisher}
-        chain = decompose(kernel, spec, method=recipe.method, rank=recipe.rank, **norm)  # type: ignore[arg-type]
+        chain = decompose(
+            kernel,
+            spec,
+            method=recipe.method,
+            rank=recipe.rank,
+            moments=self.moments,
+            fisher=self.fisher,
+            near=self._near,
+        )
+        self._near = [conv.weight for conv in chain.convs]
         composed = grouped(compose(chain.specs, [conv.weight for conv in chain.convs], spec.groups), spec)
         bias = mean - np.einsum("gnd,gd->gn", composed, self.moments.mean)
         return Chain(chain.convs, bias.reshape(-1).astype(np.float32))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +19,7 @@ import tvm
 from tvm.ir import IRModule
 
 from tvm_lowrank import console, example
-from tvm_lowrank.bundle import FILES, MANIFEST, find_compiler, prepare_out
+from tvm_lowrank.bundle import FILES, MANIFEST, find_compiler, prepare_out, read_manifest
 from tvm_lowrank.data import EXAMPLE, Splits, load_data, overlaps
 from tvm_lowrank.decompose import METHODS
 from tvm_lowrank.errors import UserError
@@ -25,19 +27,25 @@ from tvm_lowrank.graph import constants, find_sites
 from tvm_lowrank.importer import import_model
 from tvm_lowrank.metric import load_metric
 from tvm_lowrank.plan import Plan
+from tvm_lowrank.reference import absolute
 from tvm_lowrank.search.deliver import Delivery, deliver, deliver_plan, dense_latency, reason
 from tvm_lowrank.search.device import Connection, Device, check_connection, open_device
-from tvm_lowrank.search.journal import Journal
+from tvm_lowrank.search.frontier import FRONTIER, clear, deliver_frontier
+from tvm_lowrank.search.journal import Journal, check_unused
 from tvm_lowrank.search.loop import Search, Settings
 from tvm_lowrank.search.oracle import LatencyOracle
 from tvm_lowrank.search.times import SiteTimes
+from tvm_lowrank.search.within import deliver_within
 from tvm_lowrank.synthetic import dead_leaves
 from tvm_lowrank.targets.profile import Profile, load_profile
 from tvm_lowrank.targets.toolchain import cache_folder
+from tvm_lowrank.training_data import Batches, load_training
+from tvm_lowrank.transform import replace_sites
 
 JOURNAL = "journal.jsonl"
-# closed forms whose chains run at full speed; each method more costs probes and tuning
-DEFAULT_METHODS = ("channel", "channel_in", "spatial", "spatial_rows", "svd")
+FITTED = "fitted"  # folder of the networks that the search tried; goes away when it ends
+# quickly fitted, and their chains run at full speed; each method more costs time
+DEFAULT_METHODS = ("channel", "channel_in", "spatial", "spatial_rows", "tucker2", "cp3", "svd")
 SYNTHETIC_IMAGES = 500
 FINAL_SHARE = 0.15  # of a time limit, kept for building, evaluating and measuring the result
 
@@ -47,7 +55,9 @@ class Request:
     """Everything that `tvm_lowrank search` can be asked; the defaults are those of the command line.
 
     ``model`` None is the bundled example, and so is ``data`` None; ``budget`` is in points of the metric,
-    ``time_limit`` in seconds, ``input_shape`` (N, C, H, W).
+    ``time_limit`` in seconds, ``input_shape`` (N, C, H, W). ``finetune`` names training data
+    (`tvm_lowrank.training_data`), with which every plan that comes into question is trained for ``epochs``.
+    ``max_latency`` in ms takes the place of the budget; ``frontier`` asks for bundles at many budgets.
     """
 
     out: Path
@@ -65,6 +75,11 @@ class Request:
     threads: int = 1
     batch: int = 1
     seed: int = 0
+    confident: bool = False
+    max_latency: float | None = None
+    frontier: bool = False
+    finetune: str | None = None
+    epochs: int = 5
     time_limit: float | None = None
     cache: Path | None = None
     force: bool = False
@@ -72,7 +87,7 @@ class Request:
 
 
 def search(request: Request) -> dict[str, Any]:
-    """Run a search and write its bundle; returns the manifest.
+    """Run a search and write its bundle; returns the manifest, or for a frontier what `frontier.json` holds.
 
     Everything that can be wrong with the input is found before the long work starts.
 
@@ -89,10 +104,17 @@ def search(request: Request) -> dict[str, Any]:
     metric = load_metric(request.metric)
     out = _open_out(request)
     mod, splits = load_inputs(request)
+    training = load_training_of(request, mod)
     for message in overlaps(splits) if splits is not None else []:
         console.warn(message)
 
     journal = Journal(out / JOURNAL, _header(request, mod, splits, profile.key))
+    _remove_unfinished(out)
+    ended = out / (FRONTIER if request.frontier else MANIFEST)
+    if journal.get("run", "finished") and ended.is_file():
+        console.phase(f"the search in {out} had ended; nothing is repeated")
+        journal.close()
+        return json.loads(ended.read_text()) if request.frontier else read_manifest(out)
     if journal.dropped:
         console.warn(f"the last line of {journal.path} was torn and is dropped; its measurement is repeated")
     deadline = math.inf if request.time_limit is None else start + request.time_limit * (1 - FINAL_SHARE)
@@ -103,18 +125,28 @@ def search(request: Request) -> dict[str, Any]:
         synthetic=splits is None,
         deadline=deadline,
         seed=request.seed,
+        confident=request.confident,
+        epochs=request.epochs,
     )
     with opened(request, profile) as (device, oracle):
         console.phase(f"{len(find_sites(mod))} layers; calibrating and predicting damage")
         times = SiteTimes(mod, find_sites(mod), oracle, batch=request.batch)
         delivery = delivery_of(request, mod, device, splits)
         latency = partial(dense_latency, mod, oracle, delivery)
-        finder = Search(mod, splits or _synthetic(mod, request.seed), metric, times, journal, settings, latency)
-        if splits is None:
+        known = splits or _synthetic(mod, request.seed)
+        finder = Search(mod, known, metric, times, journal, settings, latency, out / FITTED, training)
+        if request.max_latency is not None:
+            manifest = deliver_within(finder, oracle, delivery, request.max_latency)
+        elif request.frontier:
+            manifest = deliver_frontier(finder, oracle, delivery)
+        elif splits is None:
             manifest = _without_data(finder, oracle, delivery)
         else:
             manifest = deliver(finder, finder.run(), oracle, delivery)
+    if time.monotonic() < deadline:  # else more time may find more
+        journal.record("run", "finished", True)
     journal.close()
+    shutil.rmtree(out / FITTED, ignore_errors=True)
     return manifest
 
 
@@ -126,7 +158,7 @@ def _without_data(finder: Search, oracle: LatencyOracle, delivery: Delivery) -> 
     def delivered(plan: Plan, predicted: float) -> dict[str, Any]:
         return deliver_plan(
             plan,
-            {name: finder.single(name, choice) for name, choice in plan.items()},
+            replace_sites(finder.mod, {name: finder.single(name, choice) for name, choice in plan.items()}),
             finder.mod,
             finder.times,
             oracle,
@@ -207,12 +239,27 @@ def load_model(request: Request) -> IRModule:
 
 def load_data_of(request: Request, mod: IRModule) -> Splits:
     """The data of a request, checked against its model's input and output shapes."""
-    function = mod["main"]
-    classes = int(function.ret_ty.shape[-1]) if len(function.ret_ty.shape) == 2 else None
     if request.data is None:
         console.phase("no --data: using the bundled CIFAR-10 images")
     shape = _image_shape(mod)
-    return load_data(request.data, input_shape=shape, mean=request.mean, std=request.std, classes=classes)
+    return load_data(request.data, input_shape=shape, mean=request.mean, std=request.std, classes=_classes(mod))
+
+
+def load_training_of(request: Request, mod: IRModule) -> Batches | None:
+    """The labelled batches of a request, if it has any; the first one is checked."""
+    if request.finetune is None:
+        return None
+    if request.model is not None and request.data is None:
+        raise UserError("--finetune without --data; the accuracy that it is to restore is not known")
+    shape, mean, std = _image_shape(mod), request.mean, request.std
+    if request.data is None:
+        mean = std = None  # the example's training data comes normalised
+    return load_training(request.finetune, input_shape=shape, mean=mean, std=std, classes=_classes(mod))
+
+
+def _classes(mod: IRModule) -> int | None:
+    shape = mod["main"].ret_ty.shape
+    return int(shape[-1]) if len(shape) == 2 else None
 
 
 def check_options(request: Request) -> None:
@@ -220,22 +267,43 @@ def check_options(request: Request) -> None:
     unknown = [name for name in request.methods if name not in METHODS]
     if unknown or not request.methods:
         raise UserError(f"unknown method {', '.join(unknown) or '(none)'}; known are {', '.join(METHODS)}")
-    for name in ("trials", "threads", "batch"):
+    for name in ("trials", "threads", "batch", "epochs"):
         if getattr(request, name) < 1:
             raise UserError(f"--{name} {getattr(request, name)} is not possible; give at least 1")
     if request.time_limit is not None and request.time_limit <= 0:
         raise UserError("--time-limit must be positive; e.g. 600, 10m or 2h")
+    if request.max_latency is not None and request.frontier:
+        raise UserError("--max-latency and --frontier ask for different things; leave one out")
+    if request.confident and (request.max_latency is not None or request.frontier):
+        raise UserError("--confident needs a --budget to keep; leave out --confident, or --max-latency and --frontier")
+    if request.frontier and request.model is not None and request.data is None:
+        raise UserError("--frontier without --data; the accuracy that it weighs against time is not known")
 
 
 def _open_out(request: Request) -> Path:
     """The output folder, empty but for what --resume continues."""
     out = request.out
     resumed = request.resume and (out / JOURNAL).is_file()
+    if request.force:
+        check_unused(out / JOURNAL)
     prepare_out(out, force=request.force or resumed)
+    if not resumed:
+        shutil.rmtree(out / FITTED, ignore_errors=True)
     if request.force and not resumed:
         for name in (*FILES, MANIFEST, JOURNAL):
             (out / name).unlink(missing_ok=True)
+        clear(out)
     return out
+
+
+def _remove_unfinished(out: Path) -> None:
+    """Remove what a search that was killed was writing; only who has the journal may do that."""
+    for name in (*FILES, MANIFEST, FRONTIER):
+        for path in out.glob(f"**/.{name}-*"):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _header(request: Request, mod: IRModule, splits: Splits | None, target: str) -> dict[str, Any]:
@@ -248,11 +316,15 @@ def _header(request: Request, mod: IRModule, splits: Splits | None, target: str)
         "tvm": tvm.__version__,
         "metric": request.metric,
         "methods": list(request.methods),
-        "budget": request.budget,
+        "budget": None if request.max_latency is not None else request.budget,
+        "max_latency_ms": request.max_latency,
+        "frontier": request.frontier,
         "batch": request.batch,
         "threads": request.threads,
         "trials": request.trials,
         "seed": request.seed,
+        "confident": request.confident,
+        "finetune": request.finetune and f"{absolute(request.finetune)}, {request.epochs} epochs",
     }
 
 

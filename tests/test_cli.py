@@ -75,6 +75,11 @@ GOOD = (*GOOD_MODEL, "--data", "good.npz")
 CASES: dict[str, tuple[Sequence[str], str]] = {
     "budget word": (["--budget", "banana"], "banana"),
     "budget negative": (["--budget=-1%"], "-1%"),
+    "latency": (["--max-latency", "5 minutes"], "5 minutes"),
+    "latency and budget": (["--max-latency", "5ms", "--budget", "1%"], "--budget and --max-latency"),
+    "latency and frontier": (["--max-latency", "5ms", "--frontier"], "leave one out"),
+    "confident frontier": (["--frontier", "--confident"], "--confident needs a --budget"),
+    "frontier without data": ([*GOOD_MODEL, "--frontier"], "--frontier without --data"),
     "target": (["--target", "z80"], "unknown target 'z80'"),
     "emulated host": (["--emulate"], "is this machine"),
     "tracker for the host": (["--rpc-tracker", "127.0.0.1:9190"], "is this machine"),

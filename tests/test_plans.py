@@ -28,6 +28,7 @@ VGG16 = (
 )
 OTHERS = {
     "alexnet_lebedev": {"features.3": ConvSpec(64, 192, (5, 5), padding=(2, 2, 2, 2))},
+    "cifar10_nin_tai": {"conv2": ConvSpec(96, 192, (5, 5)), "conv3": ConvSpec(192, 192, (3, 3))},
     "charnet_lebedev": {"conv2": ConvSpec(48, 128, (9, 9)), "conv3": ConvSpec(64, 512, (8, 8))},
 }
 

@@ -59,7 +59,16 @@ Bundle = Annotated[Path, typer.Argument(help="The folder that search wrote.")]
 @app.command()
 def search(
     out: Annotated[Path, typer.Option(help="Folder for the bundle and the journal.")] = Path("bundle"),
-    budget: Annotated[str, typer.Option(help="Accuracy that may be lost, in points: 1% or 0.5%.")] = "1%",
+    budget: Annotated[
+        str | None, typer.Option(help="Accuracy that may be lost, in points: 1% (the default) or 0.5%.")
+    ] = None,
+    max_latency: Annotated[
+        str | None,
+        typer.Option(help="Instead of a budget: the most accurate network that takes at most 5ms, 800us or 0.005s."),
+    ] = None,
+    frontier: Annotated[
+        bool, typer.Option("--frontier", help="Up to 8 bundles, from the most accurate to the fastest, in one run.")
+    ] = False,
     target: Target = "x86",
     rpc_tracker: Tracker = None,
     rpc_key: Key = None,
@@ -75,6 +84,14 @@ def search(
     threads: Threads = 1,
     batch: Batch = 1,
     seed: Annotated[int, typer.Option(help="Of everything drawn at random.")] = 0,
+    confident: Annotated[
+        bool, typer.Option("--confident", help="Keep the budget with the whole 95 % interval of the loss.")
+    ] = False,
+    finetune: Annotated[
+        str | None,
+        typer.Option(help="Also train with labels: file.py:factory of (images, labels) batches, e.g. a DataLoader."),
+    ] = None,
+    epochs: Annotated[int, typer.Option(help="Of fine-tuning, for each plan that comes into question.")] = 5,
     time_limit: Annotated[str | None, typer.Option(help="End with the best plan so far after 600s, 10m or 2h.")] = None,
     cache: Cache = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite a bundle in --out.")] = False,
@@ -88,6 +105,9 @@ def search(
     fitted to the dense network on unlabelled calibration images, and must keep the budget on the selection images. The
     compiled library is then checked on the evaluation images, which no decision looked at.
 
+    With --max-latency the most accurate network within a latency is looked for instead, and the measured median keeps
+    it. With --frontier, OUT/1, OUT/2, ... receive networks that lose up to five times the budget.
+
     With --model but without --data, synthetic images stand in for the calibration images. The plan is then chosen by
     predicted damage (0.01 nats for each point of the budget), and the accuracy is not measured.
 
@@ -96,11 +116,15 @@ def search(
     from tvm_lowrank.importer import parse_input_shape
     from tvm_lowrank.metric import parse_budget
     from tvm_lowrank.search import run
-    from tvm_lowrank.verify import print_manifest
+    from tvm_lowrank.verify import print_frontier, print_manifest
 
+    if budget is not None and max_latency is not None:
+        raise UserError("--budget and --max-latency exclude each other; leave one out")
     request = run.Request(
         out=out,
-        budget=parse_budget(budget),
+        budget=parse_budget("1%" if budget is None else budget),
+        max_latency=None if max_latency is None else milliseconds(max_latency),
+        frontier=frontier,
         model=model,
         data=data,
         input_shape=None if input_shape is None else parse_input_shape(input_shape),
@@ -113,14 +137,21 @@ def search(
         threads=threads,
         batch=batch,
         seed=seed,
+        confident=confident,
+        finetune=finetune,
+        epochs=epochs,
         time_limit=None if time_limit is None else _seconds(time_limit),
         cache=cache,
         force=force,
         resume=resume,
         methods=_methods(methods),
     )
-    manifest = run.search(request)
-    print_manifest(manifest)
+    found = run.search(request)
+    if frontier:
+        print_frontier(found)
+        print(f"bundles: {out}/1 to {out}/{len(found['bundles'])}")
+        return
+    print_manifest(found)
     print(f"bundle: {out}  (tvm_lowrank verify {out} repeats the accuracy, bench {out} the latency)")
 
 
@@ -381,6 +412,21 @@ def _seconds(text: str) -> float:
     if not match:
         raise UserError(f"--time-limit {text!r} is not a time; e.g. 600, 10m or 2h")
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def milliseconds(text: str) -> float:
+    """A latency in ms: ``5ms``, ``800us``, ``0.005s`` or ``5`` (ms as well).
+
+    Raises
+    ------
+    UserError
+        If the text is not a positive number with one of these units.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*(us|µs|ms|s|)", text.strip(), re.ASCII)
+    if not match or float(match[1]) == 0:
+        raise UserError(f"--max-latency {text!r} is not a time above 0; e.g. 5ms, 800us or 0.005s")
+    value = float(match[1])
+    return {"us": value / 1e3, "µs": value / 1e3, "s": value * 1e3}.get(match[2], value)
 
 
 def main() -> None:

@@ -71,7 +71,7 @@ def load_data(
     UserError
         If anything is missing, has the wrong shape or type, or is not finite.
     """
-    scale = _scale(mean, std, input_shape[0])
+    scale = scale_of(mean, std, input_shape[0])
     if isinstance(source, Mapping):
         return _from_mapping(source, IN_MEMORY, input_shape, scale, classes)
     if source is None or str(source) == EXAMPLE:
@@ -123,7 +123,7 @@ def fingerprint(labelled: Labelled) -> str:
 
 
 @dataclass(frozen=True)
-class _Scale:
+class Scale:
     """Mean and standard deviation, (C, 1, 1) or scalar, float32."""
 
     mean: np.ndarray | np.float32
@@ -138,7 +138,7 @@ class _Scale:
         return images
 
 
-def _scale(mean: Stats, std: Stats, channels: int) -> _Scale | None:
+def scale_of(mean: Stats, std: Stats, channels: int) -> Scale | None:
     """None if neither is given: float images need no scale, and a given one must not be ignored."""
     if mean is None and std is None:
         return None
@@ -150,7 +150,7 @@ def _scale(mean: Stats, std: Stats, channels: int) -> _Scale | None:
         if not np.isfinite(array).all() or (name == "std" and (array <= 0).any()):
             raise UserError(f"--{name} {array.ravel().tolist()} is not usable; give finite numbers, std above 0")
         arrays.append(array)
-    return _Scale(*arrays)
+    return Scale(*arrays)
 
 
 def _call(factory: object, text: str) -> Mapping[str, Any]:
@@ -166,14 +166,14 @@ def _call(factory: object, text: str) -> Mapping[str, Any]:
 
 
 def _from_mapping(
-    mapping: Mapping[str, Any], name: str, shape: tuple[int, int, int], scale: _Scale | None, classes: int | None
+    mapping: Mapping[str, Any], name: str, shape: tuple[int, int, int], scale: Scale | None, classes: int | None
 ) -> Splits:
     for key in SPLITS:
         if key not in mapping:
             found = ", ".join(map(str, mapping)) or "nothing"
             raise UserError(f"data {name} has no {key!r}, it has {found}; it needs {', '.join(SPLITS)}")
     return Splits(
-        _images(_unlabelled(mapping["calibration"], f"calibration of {name}"), "calibration", shape, scale),
+        checked_images(_unlabelled(mapping["calibration"], f"calibration of {name}"), "calibration", shape, scale),
         _pair(mapping["selection"], "selection", shape, scale, classes),
         _pair(mapping["evaluation"], "evaluation", shape, scale, classes),
         name,
@@ -223,7 +223,7 @@ def _each(items: Iterable[Any], what: str, convert: Callable[[Any], Any]) -> lis
         raise UserError(f"{what}: reading failed: {summary(error)}; correct the data source") from error
 
 
-def _array(value: Any, dims: int, what: str) -> np.ndarray:
+def as_array(value: Any, dims: int, what: str) -> np.ndarray:
     """An array, a tensor, or an iterable of batches (``dims`` axes) or items (``dims - 1`` axes) as one array."""
     if callable(getattr(value, "detach", None)):
         value = value.detach().cpu()
@@ -232,7 +232,7 @@ def _array(value: Any, dims: int, what: str) -> np.ndarray:
     items = _items(value)
     if items is None:
         raise UserError(f"{what}: {type(value).__name__} is no array; give an array, a tensor or batches of them")
-    return _join(_each(items, what, lambda item: _array(item, dims, what)), dims, what)
+    return _join(_each(items, what, lambda item: as_array(item, dims, what)), dims, what)
 
 
 def _join(parts: list[np.ndarray], dims: int, what: str) -> np.ndarray:
@@ -244,7 +244,7 @@ def _join(parts: list[np.ndarray], dims: int, what: str) -> np.ndarray:
         raise UserError(f"{what}: batches do not fit together: {error}; all images need one shape") from error
 
 
-def _is_batch(item: Any) -> bool:
+def is_batch(item: Any) -> bool:
     """Whether an item is an (images, labels) pair rather than a list of two arrays."""
     if not isinstance(item, (tuple, list)) or len(item) != 2:
         return False
@@ -255,25 +255,25 @@ def _unlabelled(value: Any, what: str) -> np.ndarray:
     """Images, from an array or from batches; labels that come with the batches are dropped."""
     items = None if hasattr(value, "__array__") else _items(value)
     if items is None:
-        return _array(value, 4, what)
-    return _join(_each(items, what, lambda item: _array(item[0] if _is_batch(item) else item, 4, what)), 4, what)
+        return as_array(value, 4, what)
+    return _join(_each(items, what, lambda item: as_array(item[0] if is_batch(item) else item, 4, what)), 4, what)
 
 
-def _pair(value: Any, split: str, shape: tuple[int, int, int], scale: _Scale | None, classes: int | None) -> Labelled:
+def _pair(value: Any, split: str, shape: tuple[int, int, int], scale: Scale | None, classes: int | None) -> Labelled:
     x_name, y_name = f"{split} images", f"{split} labels"
-    if isinstance(value, (tuple, list)) and len(value) == 2 and not _is_batch(value[0]):
-        images, labels = _array(value[0], 4, x_name), _array(value[1], 1, y_name)
+    if isinstance(value, (tuple, list)) and len(value) == 2 and not is_batch(value[0]):
+        images, labels = as_array(value[0], 4, x_name), as_array(value[1], 1, y_name)
     else:
         items = None if hasattr(value, "__array__") else _items(value)
         batches = [] if items is None else _each(items, split, lambda item: item)
         if items is None or not all(isinstance(item, (tuple, list)) and len(item) == 2 for item in batches):
             raise UserError(f"{split} is {type(value).__name__}; give a pair (images, labels) or batches of such pairs")
-        images = _join([_array(x, 4, x_name) for x, _ in batches], 4, x_name)
-        labels = _join([_array(y, 1, y_name) for _, y in batches], 1, y_name)
-    return _images(images, split, shape, scale), _labels(labels, split, len(images), classes)
+        images = _join([as_array(x, 4, x_name) for x, _ in batches], 4, x_name)
+        labels = _join([as_array(y, 1, y_name) for _, y in batches], 1, y_name)
+    return checked_images(images, split, shape, scale), checked_labels(labels, split, len(images), classes)
 
 
-def _images(array: np.ndarray, split: str, shape: tuple[int, int, int], scale: _Scale | None) -> np.ndarray:
+def checked_images(array: np.ndarray, split: str, shape: tuple[int, int, int], scale: Scale | None) -> np.ndarray:
     channels, height, width = shape
     pixels = array.dtype == np.uint8
     expected = (height, width, channels) if pixels else shape
@@ -285,7 +285,7 @@ def _images(array: np.ndarray, split: str, shape: tuple[int, int, int], scale: _
     if not len(array):
         raise UserError(f"{split} is empty; give at least one image")
     if pixels:
-        return (scale or _Scale(np.float32(0), np.float32(1)))(array)
+        return (scale or Scale(np.float32(0), np.float32(1)))(array)
     if array.dtype.kind != "f":
         raise UserError(f"{split} images are {array.dtype}; give uint8 NHWC or float NCHW")
     if scale is not None:
@@ -300,7 +300,7 @@ def _images(array: np.ndarray, split: str, shape: tuple[int, int, int], scale: _
     return images
 
 
-def _labels(array: np.ndarray, split: str, count: int, classes: int | None) -> np.ndarray:
+def checked_labels(array: np.ndarray, split: str, count: int, classes: int | None) -> np.ndarray:
     if array.shape != (count,):
         raise UserError(f"{split} has {count} images but labels of shape {_x(array.shape)}; give one label per image")
     if array.dtype.kind not in "iu":

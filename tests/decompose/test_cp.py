@@ -270,8 +270,8 @@ def test_geometry() -> None:
     assert CP4.max_rank(spec) == CP3.max_rank(spec) == 4608
     assert CP4.parity(spec) == 512 * 512 * 9 // (512 + 512 + 3 + 3)
     ranks = CP4.ranks(spec, 16)
-    assert ranks == [192, 256, 384, 512, 768, 1024, 1536, 2048]
-    assert CP4.ranks(ConvSpec(128, 128, (3, 3), groups=4), 8) == [8, 16, 24, 32, 48, 64, 96, 128]
+    assert ranks == [96, 128, 192, 256, 384, 512, 768, 1024]
+    assert CP4.ranks(ConvSpec(128, 128, (3, 3), groups=4), 8) == [8, 16, 24, 32, 48, 64]
     strided = CP4.chain_specs(ConvSpec(8, 6, (3, 5), strides=(2, 3), padding=(1, 2, 3, 4), dilation=(2, 1)), 10)
     assert [part.kernel for part in strided] == [(1, 1), (3, 1), (1, 5), (1, 1)]
     assert [part.strides for part in strided] == [(1, 1), (2, 1), (1, 3), (1, 1)]
@@ -294,3 +294,17 @@ def test_bad_input_is_named(form: Format) -> None:
             form.factorise(weight, spec).error(rank)
     with pytest.raises(ValueError, match="takes one"):
         form.factorise(weight, spec).error((2, 3))
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_starts_near_a_similar_kernel(form: Format, groups: int) -> None:
+    rng = np.random.default_rng(0)
+    spec = ConvSpec(12, 16, (3, 3), groups=groups)
+    weight = rng.standard_normal(spec.weight_shape)
+    similar = weight + 0.1 * rng.standard_normal(spec.weight_shape)
+    rank = 6
+    known = form.factorise(weight, spec).weights(rank)
+    cold, warm = form.factorise(similar, spec), form.factorise(similar, spec).starting_from(known)
+    assert warm.error(rank) < 1.05 * cold.error(rank)
+    assert warm.error(rank + 1) == cold.error(rank + 1)  # of another rank: nothing to start from

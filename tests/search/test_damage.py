@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tvm_lowrank.plan import Choice
-from tvm_lowrank.search.damage import PROBED_SHARES, DamageCurve, divergence, probes
+from tvm_lowrank.search.damage import PROBED_SHARES, SOLVED, DamageCurve, divergence, interpolated, probes
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -48,3 +48,25 @@ def test_probes_span_the_likely_damages_with_all_methods() -> None:
         assert goal * 1e-3 / 2 < predicted[choice] < goal * 1e-3 * 2
     assert probes({}, share=1e-3) == []
     assert probes({Choice("svd", 4): 0.0}, share=1e-3) == [Choice("svd", 4)]
+
+
+def test_errors_of_few_solves_tell_the_others() -> None:
+    costs = {Choice("cp3", rank): 100.0 * rank for rank in (16, 24, 32, 48, 64, 96, 128, 192, 256)}
+    solved = []
+
+    def error(choice: Choice) -> float:
+        solved.append(choice)
+        assert isinstance(choice.rank, int)
+        return 3e4 * choice.rank**-1.7
+
+    found = interpolated(costs, error)
+    assert len(solved) <= SOLVED < len(costs)
+    assert found == {choice: pytest.approx(3e4 * choice.rank**-1.7) for choice in costs}
+    assert interpolated({Choice("cp3", 8): 5.0}, lambda choice: 2.0) == {Choice("cp3", 8): pytest.approx(2.0)}
+
+
+def test_interpolated_errors_never_rise_with_the_rank() -> None:
+    costs = {Choice("cp3", rank): float(rank) for rank in range(1, 20)}
+    noisy = dict(zip(costs, np.random.default_rng(0).random(len(costs)), strict=True))
+    errors = list(interpolated(costs, noisy.__getitem__).values())
+    assert all(b <= a for a, b in itertools.pairwise(errors))

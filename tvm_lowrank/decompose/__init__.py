@@ -68,7 +68,9 @@ class Method:
     ``applies(spec)`` says whether the method makes sense of a geometry; ``max_rank(spec)`` is the largest rank (for a
     tuple, of each number); ``ranks(spec, lanes)`` lists ranks worth considering where vectors hold `lanes` values;
     ``chain_specs(spec, rank)`` is the chain's geometry. ``refits`` says that `factorise` leaves the last factor to be
-    refit; otherwise it is already the best one. ``mixable(spec)`` is the number of groups of the last convolution.
+    refit; otherwise it is already the best one. ``solves``: every rank takes a solve of its own, of up to a minute,
+    where the other methods cut all ranks from one factorisation. ``mixable(spec)`` is the number of groups of the
+    last convolution. ``starts``: the solve can start near another's result.
     """
 
     name: str
@@ -78,6 +80,8 @@ class Method:
     chain_specs: Callable[[ConvSpec, Rank], tuple[ConvSpec, ...]]
     factorise: Callable[[np.ndarray, ConvSpec, Moments | None], Factors]
     refits: bool = False
+    solves: bool = False
+    starts: bool = False
     mixable: Callable[[ConvSpec], int] = lambda spec: spec.groups
 
     def check(self, spec: ConvSpec, rank: Rank) -> None:
@@ -149,11 +153,30 @@ METHODS = {
             spatial_channel.chain_specs,
             spatial_channel.factorise,
         ),
-        Method("tucker2", _larger, tucker2.max_rank, tucker2.ranks, tucker2.chain_specs, tucker2.factorise),
-        Method("btd", _larger, btd.max_rank, btd.ranks, btd.chain_specs, btd.factorise),
-        Method("cp4", cp.CP4.applies, cp.CP4.max_rank, cp.CP4.ranks, cp.CP4.chain_specs, cp.CP4.factorise),
-        Method("cp3", cp.CP3.applies, cp.CP3.max_rank, cp.CP3.ranks, cp.CP3.chain_specs, cp.CP3.factorise),
-        Method("dac", _larger, dac.max_rank, dac.ranks, dac.chain_specs, dac.factorise),
+        Method(
+            "tucker2",
+            _larger,
+            tucker2.max_rank,
+            tucker2.ranks,
+            tucker2.chain_specs,
+            tucker2.factorise,
+            solves=True,
+        ),
+        Method("btd", _larger, btd.max_rank, btd.ranks, btd.chain_specs, btd.factorise, solves=True),
+        *(
+            Method(
+                name,
+                form.applies,
+                form.max_rank,
+                form.ranks,
+                form.chain_specs,
+                form.factorise,
+                solves=True,
+                starts=True,
+            )
+            for name, form in (("cp4", cp.CP4), ("cp3", cp.CP3))
+        ),
+        Method("dac", _larger, dac.max_rank, dac.ranks, dac.chain_specs, dac.factorise, solves=True),
         Method(
             "dac_out",
             _larger,
@@ -161,6 +184,7 @@ METHODS = {
             dac.ranks_out,
             dac.chain_specs_out,
             dac.factorise_out,
+            solves=True,
             mixable=lambda spec: spec.out_channels,
         ),
         Method("svd", svd.applies, svd.max_rank, _grid(svd.max_rank), svd.chain_specs, svd.factorise),
@@ -175,17 +199,22 @@ def factorise(
     method: str,
     moments: Moments | None = None,
     fisher: np.ndarray | None = None,
+    near: Sequence[np.ndarray] | None = None,
 ) -> Factors:
     """Factors of an OIHW weight for all ranks.
 
     ``fisher`` is the Fisher information (N, N) of the outputs, summed over the positions of an image: with it the
-    error counts as far as it moves the network's answer (see `tvm_lowrank.decompose.fisher`).
+    error counts as far as it moves the network's answer (see `tvm_lowrank.decompose.fisher`). ``near`` holds the OIHW
+    weights of the chain of a similar kernel: the CP solver starts from them at their rank, which is much quicker.
     """
     recipe = METHODS[method]
-    if fisher is None:
-        return recipe.factorise(weight, spec, moments)
-    root, inverse = roots(fisher, recipe.mixable(spec))
-    return Weighted(recipe.factorise(mixed(root, weight.astype(np.float64)), spec, moments), inverse)
+    root, inverse = (None, None) if fisher is None else roots(fisher, recipe.mixable(spec))
+    kernel = weight if root is None else mixed(root, weight.astype(np.float64))
+    factors = recipe.factorise(kernel, spec, moments)
+    if near is not None and recipe.starts:
+        assert isinstance(factors, cp.CPFactors)
+        factors = factors.starting_from(tuple(near))
+    return factors if inverse is None else Weighted(factors, inverse)
 
 
 def cut(method: str, factors: Factors, rank: Rank, weight: np.ndarray, moments: Moments | None = None) -> Chain:
@@ -217,6 +246,7 @@ def decompose(
     rank: Rank,
     moments: Moments | None = None,
     fisher: np.ndarray | None = None,
+    near: Sequence[np.ndarray] | None = None,
 ) -> Chain:
     """Replace one convolution by a chain.
 
@@ -227,6 +257,7 @@ def decompose(
     rank : channels between the convolutions, per group; a tuple where the method has several such numbers.
     moments : input statistics; with them the expected output error is minimised and the bias corrected.
     fisher : Fisher information (N, N) of the outputs; with it that error is weighted by what it does to the answer.
+    near : OIHW weights of a chain of this method and rank for a similar kernel, from which a CP solve starts.
 
     Raises
     ------
@@ -239,5 +270,5 @@ def decompose(
     if not np.isfinite(weight).all():
         raise ValueError("the weight has entries that are not finite")
     METHODS[method].check(spec, rank)
-    factors = factorise(weight, spec, method=method, moments=moments, fisher=fisher)
+    factors = factorise(weight, spec, method=method, moments=moments, fisher=fisher, near=near)
     return cut(method, factors, rank, weight, moments)

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from tvm_lowrank.decompose.chain import ConvSpec, Rank, as_int, compose
-from tvm_lowrank.decompose.cp_als import Report, start
+from tvm_lowrank.decompose.cp_als import Report, start, with_best_first
 from tvm_lowrank.decompose.cp_solver import climb, solve
 from tvm_lowrank.decompose.cp_terms import balanced, exact, norms, split
 from tvm_lowrank.decompose.moments import Moments, grouped, output_power, square_roots
@@ -28,7 +30,8 @@ from tvm_lowrank.decompose.refit import refit_last
 
 FRESH = 16  # the ladder begins at this part of the dense convolution's MACs
 INNER = 25  # steps of conjugate gradients within each Gauss-Newton step
-BUDGET = 1.5e12  # floating-point operations of the Gauss-Newton steps of one solve, about a minute on one core
+BUDGET = 4e11  # floating-point operations of the Gauss-Newton steps of one solve, some seconds on one core
+WARM = 12  # sweeps and steps from the terms of a similar kernel
 SINGLE = 100_000  # entries from which precision and starts are single: time matters more there
 
 
@@ -55,8 +58,11 @@ class Format:
         return int(np.prod(shape)) // max(shape)
 
     def ranks(self, spec: ConvSpec, lanes: int) -> list[int]:
-        """At most eight ranks of the ladder, up to the dense convolution's MACs at stride 1."""
-        highest = min(self.parity(spec), self.max_rank(spec))
+        """At most eight ranks of the ladder, up to half of the dense convolution's MACs at stride 1.
+
+        Beyond that the closed forms lose no more, and the solves take longest.
+        """
+        highest = min(self.parity(spec) // 2, self.max_rank(spec))
         return [rank for rank in ladder(highest) if rank % lanes == 0][-8:]
 
     def parity(self, spec: ConvSpec) -> int:
@@ -118,6 +124,7 @@ class CPFactors:
     tensors: tuple[np.ndarray, ...]
     undo: tuple[tuple[np.ndarray, ...], ...]  # per group and mode (the last may be missing) what turns factors back
     report: Report | None = None
+    near: tuple[np.ndarray, ...] | None = None  # OIHW weights of the chain of a similar kernel, where the solver starts
     solved: dict[int, Solution] = field(default_factory=dict, repr=False)
 
     def weights(self, rank: Rank) -> tuple[np.ndarray, ...]:
@@ -136,10 +143,31 @@ class CPFactors:
             raise ValueError(f"rank {rank} of a CP decomposition is outside 1..{highest}")
         if rank not in self.solved:
             every = rank == highest
-            self.solved[rank] = self._rated([exact(t) if every else self._fitted(t, rank) for t in self.tensors])
+            groups = range(len(self.tensors))
+            self.solved[rank] = self._rated(
+                [exact(self.tensors[g]) if every else self._fitted(g, rank) for g in groups]
+            )
         return self.solved[rank]
 
-    def _fitted(self, tensor: np.ndarray, rank: int) -> np.ndarray:
+    def _fitted(self, group: int, rank: int) -> np.ndarray:
+        """The solver's result, on one thread: its many small products run up to twenty times slower on two."""
+        with threadpool_limits(1, user_api="blas"):
+            warm = self._warm(group, rank)
+            if warm is None:
+                return self._found(self.tensors[group], rank)
+            return solve(self.tensors[group], [warm], sweeps=WARM, iterations=WARM, inner=INNER, report=self.report)
+
+    def _warm(self, group: int, rank: int) -> np.ndarray | None:
+        """The terms of the similar kernel's chain with the best output factor for this one; None without such."""
+        if self.near is None or self.near[-1].shape[1] != rank:
+            return None
+        tensor, factors = self.tensors[group], []
+        for undo, weight in zip(self.undo[group][1:] or repeat(None), self.near[:-1], strict=False):
+            plain = weight[group * rank : (group + 1) * rank].reshape(rank, -1).T.astype(np.float64)
+            factors.append((plain if undo is None else np.linalg.solve(undo, plain)).astype(tensor.dtype))
+        return with_best_first(tensor, factors)
+
+    def _found(self, tensor: np.ndarray, rank: int) -> np.ndarray:
         """The solver's result from the top of the ladder, and from random starts where that is cheap."""
         step = 4 * tensor.size * rank + (8 * INNER * sum(tensor.shape) + 4 * rank) * rank**2  # operations
         iterations = int(np.clip(BUDGET / step, 8, 100))
@@ -152,6 +180,10 @@ class CPFactors:
             terms = exact(tensor)
             starts.append(terms[:, np.argsort(-norms(terms, tensor.shape), kind="stable")[:rank]])
         return solve(tensor, starts, iterations=iterations, inner=INNER, report=self.report)
+
+    def starting_from(self, weights: tuple[np.ndarray, ...]) -> CPFactors:
+        """The same with the solver starting from the OIHW weights of the chain of a similar kernel, at its rank."""
+        return replace(self, near=weights, solved={})
 
     def _rated(self, stacks: Sequence[np.ndarray]) -> Solution:
         """The chain that the terms of all groups make."""

@@ -7,12 +7,12 @@ best rank-1 approximation. Both are here to be compared with (Lebedev et al. 201
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy import linalg
 
-from tvm_lowrank.decompose.cp_terms import TINY, balanced, mttkrps, split, squared, tensor_of
+from tvm_lowrank.decompose.cp_terms import TINY, balanced, khatri_rao, mttkrps, split, squared, tensor_of
 
 Report = Callable[[int, float], None]
 
@@ -61,6 +61,14 @@ def start(tensor: np.ndarray, rank: int, rng: np.random.Generator, *, hosvd: boo
             factor[:, : vectors.shape[1]] = vectors
         factors.append(factor / np.linalg.norm(factor, axis=0))
     return np.concatenate(factors)
+
+
+def with_best_first(tensor: np.ndarray, rest: Sequence[np.ndarray]) -> np.ndarray:
+    """A balanced stack of the (I_m, R) factors of all modes but the first, and the best first one for them."""
+    grams = [factor.T @ factor for factor in rest]
+    product = tensor.reshape(len(tensor), -1) @ khatri_rao(rest)
+    first = _divided(product, np.prod(grams, axis=0), 0.0)
+    return balanced(np.concatenate([first, *rest]), tensor.shape)
 
 
 def _divided(product: np.ndarray, gram: np.ndarray, penalty: float) -> np.ndarray:

@@ -1,0 +1,142 @@
+"""What each part of the search is worth: the same search of the bundled example without it.
+
+    python benchmarks/ablation.py [--only macs,spatial] [--budget 1%] [--out ablation]
+
+full            everything, as `tvm_lowrank search`
+macs            sites are allocated by their MACs; milliseconds are only measured in the end
+no_whitening    weights are decomposed in their own norm, and all errors count alike; the last factor is still fitted
+no_refit        chains in the data's norm as they come, then the reconstruction
+no_reconstruct  the refit is the last fit
+<method>        one method only, for each of the default ones
+
+All share one cache of kernels, so the later ones are quicker. Prints a row as soon as it is known: median of the
+compiled library against the tuned dense one (interleaved), drop on the evaluation split, looks at it, and plans that
+were evaluated on the selection split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from contextlib import ExitStack
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+from tvm.ir import IRModule
+
+from tvm_lowrank.decompose import Chain, Moments, decompose
+from tvm_lowrank.metric import parse_budget
+from tvm_lowrank.plan import Choice, Plan
+from tvm_lowrank.search import loop, run
+from tvm_lowrank.search.candidates import site_macs
+from tvm_lowrank.search.loop import Search
+from tvm_lowrank.search.times import SiteTimes
+from tvm_lowrank.transform import replace_sites
+
+METHODS = tuple(name for name in run.DEFAULT_METHODS if name != "svd")
+
+
+class MacTimes(SiteTimes):
+    """Every site's milliseconds are its share of the dense network's, by MACs, until the library is built."""
+
+    def estimates(self, wanted: Any) -> dict[tuple[str, Choice], float]:
+        return {(name, choice): self._by_macs(name, choice) for name, own in wanted.items() for choice in own}
+
+    def measured(self, site: str, choice: Choice) -> float | None:
+        return self._by_macs(site, choice)
+
+    def _by_macs(self, name: str, choice: Choice) -> float:
+        return site_macs(self._sites[name], choice) * 1e-8
+
+
+class Unwhitened(Search):
+    """Without the statistics of the data and of the loss."""
+
+    @cached_property
+    def moments(self) -> dict[str, Moments]:
+        return {name: _white(found) for name, found in Search.moments.func(self).items()}  # type: ignore[attr-defined]
+
+    @cached_property
+    def fisher(self) -> dict[str, np.ndarray]:
+        found = Search.fisher.func(self)  # type: ignore[attr-defined]
+        return {name: np.eye(len(matrix)) * np.trace(matrix) / len(matrix) for name, matrix in found.items()}
+
+
+def _white(moments: Moments) -> Moments:
+    """The same mean and total variance, without directions."""
+    groups, size, _ = moments.covariance.shape
+    variance = np.trace(moments.covariance, axis1=1, axis2=2)[:, None, None] / size
+    return Moments(moments.mean, variance * np.broadcast_to(np.eye(size), (groups, size, size)))
+
+
+def of_weights(weight: np.ndarray, spec: Any, *, method: str, rank: Any, **_: Any) -> Chain:
+    return decompose(weight, spec, method=method, rank=rank)
+
+
+class Unfitted(Search):
+    """Chains as they are decomposed, one by one."""
+
+    def refitted(self, plan: Plan) -> IRModule:
+        chains = {name: self.single(name, choice) for name, choice in plan.items()}
+        return self._fitted.once(plan, "refitted", lambda: replace_sites(self.mod, chains))
+
+
+class Unreconstructed(Search):
+    """The refitted network is the result."""
+
+    def reconstructed(self, plan: Plan) -> IRModule:
+        return self.refitted(plan)
+
+
+def patches(variant: str) -> list[Any]:
+    """What is exchanged for a variant."""
+    if variant == "macs":
+        return [patch.object(run, "SiteTimes", MacTimes)]
+    if variant == "no_whitening":
+        return [patch.object(run, "Search", Unwhitened), patch("tvm_lowrank.search.refit.decompose", of_weights)]
+    if variant == "no_refit":
+        return [patch.object(run, "Search", Unfitted)]
+    if variant == "no_reconstruct":
+        return [patch.object(run, "Search", Unreconstructed), patch.object(loop, "REACH", 0.0)]
+    return []
+
+
+def main() -> None:
+    variants = ("full", "macs", "no_whitening", "no_refit", "no_reconstruct", *METHODS)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(variants))
+    parser.add_argument("--budget", default="1%")
+    parser.add_argument("--out", type=Path, default=Path("ablation"))
+    args = parser.parse_args()
+    args.out.mkdir(exist_ok=True)
+    print(f"{'variant':15s} {'speed-up':>9s} {'MACs':>6s} {'drop':>6s} {'looks':>6s} {'plans':>6s} {'seconds':>8s}")
+    for variant in args.only.split(","):
+        methods = (variant, "svd") if variant in METHODS else run.DEFAULT_METHODS
+        request = run.Request(
+            out=args.out / variant,
+            budget=parse_budget(args.budget),
+            methods=methods,
+            cache=args.out / "cache",
+            force=True,
+        )
+        start = time.perf_counter()
+        with ExitStack() as stack:
+            for change in patches(variant):
+                stack.enter_context(change)
+            manifest = run.search(request)
+        spent = time.perf_counter() - start
+        journal = (request.out / run.JOURNAL).read_text()
+        macs, dense = (sum(site[key] for site in manifest["sites"]) for key in ("macs", "dense_macs"))
+        accuracy = manifest["accuracy"]
+        print(
+            f"{variant:15s} {manifest['speedup']:9.2f} {macs / dense:6.3f} {accuracy['drop']:6.2f} "
+            f"{accuracy['looks']:6d} {journal.count('evaluation'):6d} {spent:8.0f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
