@@ -144,7 +144,7 @@ def search(request: Request) -> dict[str, Any]:
         else:
             manifest = deliver(finder, finder.run(), oracle, delivery)
     if time.monotonic() < deadline:  # else more time may find more
-        journal.record("run", "finished", True)
+        journal.once("run", "finished", lambda: True)
     journal.close()
     shutil.rmtree(out / FITTED, ignore_errors=True)
     return manifest
