@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -32,9 +33,9 @@ from tvm_lowrank.metric import parse_budget
 from tvm_lowrank.plan import Choice, Plan
 from tvm_lowrank.search import loop, run
 from tvm_lowrank.search.candidates import site_macs
-from tvm_lowrank.search.loop import Search
+from tvm_lowrank.search.networks import Networks
+from tvm_lowrank.search.sensitivity import Sensitivity
 from tvm_lowrank.search.times import SiteTimes
-from tvm_lowrank.transform import replace_sites
 
 METHODS = tuple(name for name in run.DEFAULT_METHODS if name != "svd")
 
@@ -52,16 +53,16 @@ class MacTimes(SiteTimes):
         return site_macs(self._sites[name], choice) * 1e-8
 
 
-class Unwhitened(Search):
+class Unwhitened(Sensitivity):
     """Without the statistics of the data and of the loss."""
 
     @cached_property
     def moments(self) -> dict[str, Moments]:
-        return {name: _white(found) for name, found in Search.moments.func(self).items()}  # type: ignore[attr-defined]
+        return {name: _white(found) for name, found in Sensitivity.moments.func(self).items()}  # type: ignore[attr-defined]
 
     @cached_property
     def fisher(self) -> dict[str, np.ndarray]:
-        found = Search.fisher.func(self)  # type: ignore[attr-defined]
+        found = Sensitivity.fisher.func(self)  # type: ignore[attr-defined]
         return {name: np.eye(len(matrix)) * np.trace(matrix) / len(matrix) for name, matrix in found.items()}
 
 
@@ -76,15 +77,14 @@ def of_weights(weight: np.ndarray, spec: Any, *, method: str, rank: Any, **_: An
     return decompose(weight, spec, method=method, rank=rank)
 
 
-class Unfitted(Search):
+class Unfitted(Networks):
     """Chains as they are decomposed, one by one."""
 
-    def refitted(self, plan: Plan) -> IRModule:
-        chains = {name: self.single(name, choice) for name, choice in plan.items()}
-        return self._fitted.once(plan, "refitted", lambda: replace_sites(self.mod, chains))
+    def _refit(self, network: IRModule, plan: Mapping[str, Choice]) -> IRModule:
+        return self._known.network(plan)
 
 
-class Unreconstructed(Search):
+class Unreconstructed(Networks):
     """The refitted network is the result."""
 
     def reconstructed(self, plan: Plan) -> IRModule:
@@ -96,11 +96,11 @@ def patches(variant: str) -> list[Any]:
     if variant == "macs":
         return [patch.object(run, "SiteTimes", MacTimes)]
     if variant == "no_whitening":
-        return [patch.object(run, "Search", Unwhitened), patch("tvm_lowrank.search.refit.decompose", of_weights)]
+        return [patch.object(loop, "Sensitivity", Unwhitened), patch("tvm_lowrank.search.refit.decompose", of_weights)]
     if variant == "no_refit":
-        return [patch.object(run, "Search", Unfitted)]
+        return [patch.object(loop, "Networks", Unfitted)]
     if variant == "no_reconstruct":
-        return [patch.object(run, "Search", Unreconstructed), patch.object(loop, "REACH", 0.0)]
+        return [patch.object(loop, "Networks", Unreconstructed), patch.object(loop, "REACH", 0.0)]
     return []
 
 

@@ -14,14 +14,16 @@ from tvm.ir import IRModule
 
 from tvm_lowrank import console
 from tvm_lowrank.bridge import TorchBridge
-from tvm_lowrank.bundle import evaluate, export_library, read_manifest, write_manifest, write_text
+from tvm_lowrank.bundle import evaluate, export_library, read_manifest, write_manifest
 from tvm_lowrank.calibrate import predict
 from tvm_lowrank.data import Splits, fingerprint
 from tvm_lowrank.errors import MeasurementError
+from tvm_lowrank.files import write_text
 from tvm_lowrank.graph import Site, find_sites
 from tvm_lowrank.lower import build, kernels, lower
 from tvm_lowrank.metric import Metric, accuracy, paired_drop
 from tvm_lowrank.plan import Choice, Plan
+from tvm_lowrank.report import write_report
 from tvm_lowrank.search.candidates import site_macs, skipped
 from tvm_lowrank.search.device import Device, Model
 from tvm_lowrank.search.loop import Evaluated, Search
@@ -119,7 +121,9 @@ def describe(
 def write_bundle(folder: Path, plan: Plan, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Write what a bundle has beside its libraries; returns the completed manifest."""
     write_text(folder / "plan.json", plan.to_json())
-    return write_manifest(folder, manifest)
+    complete = write_manifest(folder, manifest)
+    write_report(folder)
+    return complete
 
 
 def _libraries(
@@ -135,10 +139,10 @@ def _libraries(
     candidate = kept[0] if kept else None
     while candidate is not None:
         console.phase(f"building the plan with {candidate.drop:+.2f} points of drop on the selection split")
-        library = build_library(search.network(candidate), oracle, delivery, "model.so")
+        library = build_library(search.network(candidate.plan, candidate.fit), oracle, delivery, "model.so")
         scores = judge(library, description="accuracy, compressed library")
         drop, interval = paired_drop(dense_scores, scores)
-        search.journal.once("look", f"{candidate.plan.to_json()} {candidate.finetuned}", partial(float, drop))
+        search.journal.once("look", f"{candidate.plan.to_json()} {candidate.fit}", partial(float, drop))
         if (interval[1] if search.settings.confident else drop) <= budget:
             chosen = candidate.plan
             break

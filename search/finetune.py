@@ -10,14 +10,13 @@ bits. Under `torchrun` each worker takes its share of the batches, and the gradi
 from __future__ import annotations
 
 import hashlib
+import io
 import math
-import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field, replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,17 +28,17 @@ from torch.nn import functional as F
 
 from tvm_lowrank import console
 from tvm_lowrank.bridge import TorchBridge
-from tvm_lowrank.errors import UserError
+from tvm_lowrank.errors import TimeUp, UserError
+from tvm_lowrank.files import replaced
 from tvm_lowrank.plan import Choice
 from tvm_lowrank.reference import summary
 from tvm_lowrank.search.training import Learner, assign, chain_of, ramp, values_of
-from tvm_lowrank.search.workers import Workers, joined
+from tvm_lowrank.search.workers import Workers
 from tvm_lowrank.training_data import Batch, Batches
 
 T = TypeVar("T")
 
 CP_METHODS = ("cp3", "cp4")
-PATIENCE = timedelta(days=1)  # that a worker waits for the first one, which evaluates while the others wait
 _VERSION = 1  # of the checkpoint and of the arithmetic
 
 
@@ -136,12 +135,14 @@ def finetune(
     judge: Callable[[TorchBridge], float],
     folder: Path,
     key: str = "",
+    workers: Workers | None = None,
+    deadline: float = math.inf,
 ) -> Result:
     """Train the parameters of a compressed network in place; it is left with those of the best epoch.
 
-    Computes in bfloat16 (with float32 weights) where the processor has it, on a GPU when torch sees one. Under
-    `torchrun` every worker must call this with the same arguments; the first one judges, writes and prints, and all
-    return the same. A batch for each of n workers is one batch n times as large.
+    Computes in bfloat16 (with float32 weights) where the processor or the worker's GPU has it. Of several workers each
+    must call this with the same arguments; the first one judges, writes and prints, and all return the same. A batch
+    for each of n workers is one batch n times as large.
 
     Parameters
     ----------
@@ -154,13 +155,18 @@ def finetune(
     folder : where the checkpoint is kept. A run that was killed goes on from it, and one that ended is not repeated.
     key : what else the result depends on, such as the names of the training data and of the metric. The parameters,
         the settings and the number of workers are part of the checkpoint's key already.
+    workers : this one among those that train; else it trains alone, on the CPU.
+    deadline : as `time.monotonic` counts.
 
     Raises
     ------
     UserError
         If the network does not give class scores, a batch is not usable, or the checkpoint cannot be read or written.
+    TimeUp
+        If an epoch would not end before the deadline, by the time that the one before took; the checkpoint is there.
     """
-    with joined() as workers, _generators_kept():
+    workers = workers or Workers()
+    with _generators_kept():
         key = _key(bridge, teacher, settings, workers.count, key)
         path = folder / f"finetune-{key[:16]}.pt"
         trainer = _Trainer(bridge, teacher, settings, workers)
@@ -172,7 +178,7 @@ def finetune(
             trainer.load(state)
             workers.say(f"fine-tuning goes on after epoch {len(state.result.epochs)} of {settings.epochs}, from {path}")
         if not state.result.ended(settings.epochs):
-            for after in _epochs(trainer, state, bridge, batches, judge):
+            for after in _epochs(trainer, state, bridge, batches, judge, deadline):
                 workers.only_first(partial(_write, path, key, after))
                 state = after
         assign(bridge, state.best)
@@ -190,7 +196,12 @@ class _State:
 
 
 def _epochs(
-    trainer: _Trainer, state: _State, bridge: TorchBridge, batches: Batches, judge: Callable[[TorchBridge], float]
+    trainer: _Trainer,
+    state: _State,
+    bridge: TorchBridge,
+    batches: Batches,
+    judge: Callable[[TorchBridge], float],
+    deadline: float,
 ) -> Iterator[_State]:
     """The state after each epoch that is left; the student's parameters are copied to `bridge` to be judged."""
     epochs, workers, started = trainer.settings.epochs, trainer.workers, time.monotonic()
@@ -201,6 +212,9 @@ def _epochs(
     with workers.progress("fine-tuning", (epochs - first + 1) * steps) as advance:
         for number in range(first, epochs + 1):
             began = time.monotonic()
+            expected = result.epochs[-1].seconds if result.epochs else 0.0
+            if workers.of_first(partial(_late, began + expected, deadline)):
+                raise TimeUp
             _seed(trainer.settings.seed, number)
             try:
                 loss = trainer.epoch(number, batches(number), steps, advance)
@@ -223,6 +237,10 @@ def _epochs(
                 f"after epoch {result.best}" + (f"; {left:.0f} s left" if number < epochs else "")
             )
             yield _State(result, best, weights, optimiser) if number < epochs else _State(result, best, [], {})
+
+
+def _late(end: float, deadline: float) -> bool:
+    return end > deadline
 
 
 class _Diverged(Exception):
@@ -362,18 +380,10 @@ def _write(path: Path, key: str, state: _State) -> None:
         "weights": state.weights,
         "optimiser": state.optimiser,
     }
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"cannot write checkpoint {path}: {summary(error)}; make room or choose another --out"
-        ) from error
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with replaced(path) as file:
+        file.write(buffer.getbuffer())
 
 
 def _read(path: Path, key: str) -> _State | None:

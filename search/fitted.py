@@ -11,9 +11,8 @@ import torch
 from tvm.ir import IRModule
 
 from tvm_lowrank.bridge import TorchBridge
-from tvm_lowrank.errors import UserError
+from tvm_lowrank.files import replaced
 from tvm_lowrank.plan import Plan
-from tvm_lowrank.reference import summary
 from tvm_lowrank.transform import replace_sites, shape_chains
 
 
@@ -68,12 +67,6 @@ class FittedNetworks:
     def _write(self, path: Path | None, mod: IRModule) -> None:
         if path is None:
             return
-        temporary = path.with_suffix(".tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                values = {name: p.detach().numpy() for name, p in TorchBridge(mod).named_parameters()}
-                np.savez(file, allow_pickle=False, **values)
-            temporary.replace(path)
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {summary(error)}; make room or choose another --out") from error
+        values = {name: p.detach().numpy() for name, p in TorchBridge(mod).named_parameters()}
+        with replaced(path) as file:
+            np.savez(file, allow_pickle=False, **values)

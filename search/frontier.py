@@ -21,9 +21,12 @@ from typing import Any
 import numpy as np
 
 from tvm_lowrank import console
-from tvm_lowrank.bundle import FILES, MANIFEST, write_text
+from tvm_lowrank.bundle import FILES, MANIFEST
+from tvm_lowrank.errors import TimeUp
+from tvm_lowrank.files import write_text
 from tvm_lowrank.metric import paired_drop
 from tvm_lowrank.plan import Plan
+from tvm_lowrank.report import REPORT
 from tvm_lowrank.search.deliver import (
     ROUNDS,
     Delivery,
@@ -36,7 +39,7 @@ from tvm_lowrank.search.deliver import (
     summary,
     write_bundle,
 )
-from tvm_lowrank.search.loop import FIRST_LIMIT, LEAST_LIMIT, MOST_LIMIT, Evaluated, Search, TimeUp
+from tvm_lowrank.search.loop import FIRST_LIMIT, LEAST_LIMIT, MOST_LIMIT, Evaluated, Placed, Search
 from tvm_lowrank.search.oracle import LatencyOracle
 
 FRONTIER = "frontier.json"
@@ -86,11 +89,11 @@ def explore(search: Search) -> list[Evaluated]:
         search.prepare()
         _climb(search, found)
         _descend(search, found)
-        if search.training is not None:
+        if search.networks.training is not None:
             found = _chosen(search, found)
             for place, e in enumerate(found):
                 search.check_time()
-                found[place] = search.evaluate_finetuned(e.plan, e.limit, e.predicted, e.ms)
+                found[place] = search.evaluate(Placed(e.plan, e.limit, e.predicted, e.ms), "finetuned")
     except TimeUp:
         console.warn("the time limit ends the search early; the plans so far are delivered")
     return _chosen(search, found)
@@ -129,7 +132,7 @@ def _dense_ms(search: Search) -> float:
 
 def _evaluated(search: Search, limit: float) -> Evaluated:
     search.check_time()
-    result = search.evaluate_reconstructed(*search.placed(limit))
+    result = search.evaluate(search.placed(limit), "reconstructed")
     console.phase(
         f"damage limit {limit:.2g} nats: convolutions {search.dense_ms / result.ms:.2f}x faster, "
         f"selection drop {result.drop:+.2f} points"
@@ -162,12 +165,12 @@ def _measured(
     search: Search, chosen: Sequence[Evaluated], oracle: LatencyOracle, delivery: Delivery
 ) -> tuple[Point, list[Point]]:
     """The dense network, and the plans that keep their place once their libraries are measured."""
-    networks = {"dense.so": Evaluated(Plan(), 0.0, 0.0, 0.0, 0.0, search.dense_ms)}
+    networks = {"dense.so": Evaluated(Plan(), 0.0, 0.0, search.dense_ms, 0.0, 0.0, "refitted")}
     networks.update({f"plan{number}.so": evaluated for number, evaluated in enumerate(chosen, 1)})
     libraries = {}
     for name, evaluated in networks.items():
         console.phase(f"building {name} ({len(chosen)} plans)")
-        network = search.network(evaluated) if evaluated.plan else search.mod
+        network = search.network(evaluated.plan, evaluated.fit) if evaluated.plan else search.mod
         libraries[name] = build_library(network, oracle, delivery, name)
     latencies = _latencies(search, {name: evaluated.plan for name, evaluated in networks.items()}, delivery)
     dense, *points = (Point(networks[name], libraries[name], name, latencies[name]) for name in networks)
@@ -204,7 +207,7 @@ def _judged(search: Search, dense: Point, points: Sequence[Point], delivery: Del
         for number, point in enumerate(points, 1)
     ]
     for point, after in zip(points, scores, strict=True):
-        key = f"{point.evaluated.plan.to_json()} {point.evaluated.finetuned}"
+        key = f"{point.evaluated.plan.to_json()} {point.evaluated.fit}"
         search.journal.once("look", key, partial(_drop, before, after))
     looks = len(search.journal.of_kind("look"))
     return [accuracy_entry(search.metric, before, after, delivery.device, looks=looks) for after in scores]
@@ -271,7 +274,7 @@ def clear(out: Path) -> None:
     (out / FRONTIER).unlink(missing_ok=True)
     for number in range(1, MOST_BUNDLES + 1):
         folder = out / str(number)
-        for name in (*FILES, MANIFEST):
+        for name in (*FILES, MANIFEST, REPORT):
             (folder / name).unlink(missing_ok=True)
         if folder.is_dir() and not any(folder.iterdir()):
             os.rmdir(folder)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import tvm
@@ -28,19 +28,21 @@ from tvm_lowrank.importer import import_model
 from tvm_lowrank.metric import load_metric
 from tvm_lowrank.plan import Plan
 from tvm_lowrank.reference import absolute
+from tvm_lowrank.report import REPORT
 from tvm_lowrank.search.deliver import Delivery, deliver, deliver_plan, dense_latency, reason
 from tvm_lowrank.search.device import Connection, Device, check_connection, open_device
 from tvm_lowrank.search.frontier import FRONTIER, clear, deliver_frontier
 from tvm_lowrank.search.journal import Journal, check_unused
 from tvm_lowrank.search.loop import Search, Settings
+from tvm_lowrank.search.networks import Training, dismiss, follow
 from tvm_lowrank.search.oracle import LatencyOracle
 from tvm_lowrank.search.times import SiteTimes
 from tvm_lowrank.search.within import deliver_within
+from tvm_lowrank.search.workers import Workers, joined
 from tvm_lowrank.synthetic import dead_leaves
 from tvm_lowrank.targets.profile import Profile, load_profile
 from tvm_lowrank.targets.toolchain import cache_folder
-from tvm_lowrank.training_data import Batches, load_training
-from tvm_lowrank.transform import replace_sites
+from tvm_lowrank.training_data import load_training
 
 JOURNAL = "journal.jsonl"
 FITTED = "fitted"  # folder of the networks that the search tried; goes away when it ends
@@ -56,8 +58,9 @@ class Request:
 
     ``model`` None is the bundled example, and so is ``data`` None; ``budget`` is in points of the metric,
     ``time_limit`` in seconds, ``input_shape`` (N, C, H, W). ``finetune`` names training data
-    (`tvm_lowrank.training_data`), with which every plan that comes into question is trained for ``epochs``.
-    ``max_latency`` in ms takes the place of the budget; ``frontier`` asks for bundles at many budgets.
+    (`tvm_lowrank.training_data`), with which every plan that comes into question is trained for ``epochs``; with
+    ``stages`` above 1 part after part of it is decomposed, and the network trained after each. ``max_latency`` in ms
+    takes the place of the budget; ``frontier`` asks for bundles at many budgets.
     """
 
     out: Path
@@ -80,6 +83,7 @@ class Request:
     frontier: bool = False
     finetune: str | None = None
     epochs: int = 5
+    stages: int = 1
     time_limit: float | None = None
     cache: Path | None = None
     force: bool = False
@@ -89,7 +93,8 @@ class Request:
 def search(request: Request) -> dict[str, Any]:
     """Run a search and write its bundle; returns the manifest, or for a frontier what `frontier.json` holds.
 
-    Everything that can be wrong with the input is found before the long work starts.
+    Everything that can be wrong with the input is found before the long work starts. Under `torchrun` all workers must
+    call this: they share the training, the first one does everything else, and all return the same.
 
     Raises
     ------
@@ -98,20 +103,36 @@ def search(request: Request) -> dict[str, Any]:
     """
     start = time.monotonic()
     check_options(request)
+    with joined() as workers:
+        if workers.count > 1 and request.finetune is None:
+            raise UserError(f"{workers.count} workers, but nothing to share; give --finetune, or start one")
+        if workers.rank:
+            mod = load_model(request)
+            follow(mod, cast(Training, load_training_of(request, mod, workers)))
+            found = None
+        else:
+            found = _search(request, workers, start)
+            dismiss(workers)
+        return workers.of_first(lambda: cast("dict[str, Any]", found))
+
+
+def _search(request: Request, workers: Workers, start: float) -> dict[str, Any]:
+    """The search of the first worker; ``start`` is when it began, as `time.monotonic` counts."""
     find_compiler()
     profile = load_profile(request.target)
     check_connection(profile, request.connection)
     metric = load_metric(request.metric)
     out = _open_out(request)
     mod, splits = load_inputs(request)
-    training = load_training_of(request, mod)
+    training = load_training_of(request, mod, workers)
     for message in overlaps(splits) if splits is not None else []:
         console.warn(message)
 
     journal = Journal(out / JOURNAL, _header(request, mod, splits, profile.key))
     _remove_unfinished(out)
     ended = out / (FRONTIER if request.frontier else MANIFEST)
-    if journal.get("run", "finished") and ended.is_file():
+    finished = "finished" if training is None else f"finished with {training.name}"
+    if journal.get("run", finished) and ended.is_file():
         console.phase(f"the search in {out} had ended; nothing is repeated")
         journal.close()
         return json.loads(ended.read_text()) if request.frontier else read_manifest(out)
@@ -126,7 +147,6 @@ def search(request: Request) -> dict[str, Any]:
         deadline=deadline,
         seed=request.seed,
         confident=request.confident,
-        epochs=request.epochs,
     )
     with opened(request, profile) as (device, oracle):
         console.phase(f"{len(find_sites(mod))} layers; calibrating and predicting damage")
@@ -144,7 +164,7 @@ def search(request: Request) -> dict[str, Any]:
         else:
             manifest = deliver(finder, finder.run(), oracle, delivery)
     if time.monotonic() < deadline:  # else more time may find more
-        journal.once("run", "finished", lambda: True)
+        journal.once("run", finished, lambda: True)
     journal.close()
     shutil.rmtree(out / FITTED, ignore_errors=True)
     return manifest
@@ -158,7 +178,7 @@ def _without_data(finder: Search, oracle: LatencyOracle, delivery: Delivery) -> 
     def delivered(plan: Plan, predicted: float) -> dict[str, Any]:
         return deliver_plan(
             plan,
-            replace_sites(finder.mod, {name: finder.single(name, choice) for name, choice in plan.items()}),
+            finder.sensitivity.network(plan),
             finder.mod,
             finder.times,
             oracle,
@@ -245,8 +265,8 @@ def load_data_of(request: Request, mod: IRModule) -> Splits:
     return load_data(request.data, input_shape=shape, mean=request.mean, std=request.std, classes=_classes(mod))
 
 
-def load_training_of(request: Request, mod: IRModule) -> Batches | None:
-    """The labelled batches of a request, if it has any; the first one is checked."""
+def load_training_of(request: Request, mod: IRModule, workers: Workers) -> Training | None:
+    """How a request's networks learn with labels, if they do; the first batch is checked."""
     if request.finetune is None:
         return None
     if request.model is not None and request.data is None:
@@ -254,7 +274,11 @@ def load_training_of(request: Request, mod: IRModule) -> Batches | None:
     shape, mean, std = _image_shape(mod), request.mean, request.std
     if request.data is None:
         mean = std = None  # the example's training data comes normalised
-    return load_training(request.finetune, input_shape=shape, mean=mean, std=std, classes=_classes(mod))
+    batches = load_training(request.finetune, input_shape=shape, mean=mean, std=std, classes=_classes(mod))
+    name = f"{absolute(request.finetune)}, {request.epochs} epochs" + (
+        f", {request.stages} stages" if request.stages > 1 else ""
+    )
+    return Training(batches, name, request.epochs, request.stages, workers, request.seed)
 
 
 def _classes(mod: IRModule) -> int | None:
@@ -267,9 +291,11 @@ def check_options(request: Request) -> None:
     unknown = [name for name in request.methods if name not in METHODS]
     if unknown or not request.methods:
         raise UserError(f"unknown method {', '.join(unknown) or '(none)'}; known are {', '.join(METHODS)}")
-    for name in ("trials", "threads", "batch", "epochs"):
+    for name in ("trials", "threads", "batch", "epochs", "stages"):
         if getattr(request, name) < 1:
             raise UserError(f"--{name} {getattr(request, name)} is not possible; give at least 1")
+    if request.stages > 1 and request.finetune is None:
+        raise UserError("--stages without --finetune; between stages the network is trained with labels")
     if request.time_limit is not None and request.time_limit <= 0:
         raise UserError("--time-limit must be positive; e.g. 600, 10m or 2h")
     if request.max_latency is not None and request.frontier:
@@ -290,7 +316,7 @@ def _open_out(request: Request) -> Path:
     if not resumed:
         shutil.rmtree(out / FITTED, ignore_errors=True)
     if request.force and not resumed:
-        for name in (*FILES, MANIFEST, JOURNAL):
+        for name in (*FILES, MANIFEST, REPORT, JOURNAL):
             (out / name).unlink(missing_ok=True)
         clear(out)
     return out
@@ -298,7 +324,7 @@ def _open_out(request: Request) -> Path:
 
 def _remove_unfinished(out: Path) -> None:
     """Remove what a search that was killed was writing; only who has the journal may do that."""
-    for name in (*FILES, MANIFEST, FRONTIER):
+    for name in (*FILES, MANIFEST, REPORT, FRONTIER):
         for path in out.glob(f"**/.{name}-*"):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
@@ -324,7 +350,6 @@ def _header(request: Request, mod: IRModule, splits: Splits | None, target: str)
         "trials": request.trials,
         "seed": request.seed,
         "confident": request.confident,
-        "finetune": request.finetune and f"{absolute(request.finetune)}, {request.epochs} epochs",
     }
 
 

@@ -13,9 +13,9 @@ from typing import Any
 from tvm.ir import IRModule
 
 from tvm_lowrank import console
-from tvm_lowrank.bundle import write_text
 from tvm_lowrank.data import EXAMPLE
 from tvm_lowrank.errors import UserError
+from tvm_lowrank.files import write_text
 from tvm_lowrank.graph import Site, find_sites
 from tvm_lowrank.lower import kernels, lower
 from tvm_lowrank.plan import Choice

@@ -16,7 +16,7 @@ from typing import Any
 from tvm.ir import IRModule
 
 from tvm_lowrank import console
-from tvm_lowrank.errors import UserError
+from tvm_lowrank.errors import TimeUp, UserError
 from tvm_lowrank.graph import Site
 from tvm_lowrank.metric import paired_drop
 from tvm_lowrank.plan import Choice, Plan
@@ -32,7 +32,7 @@ from tvm_lowrank.search.deliver import (
     reason,
     write_bundle,
 )
-from tvm_lowrank.search.loop import Search, TimeUp, plan_of
+from tvm_lowrank.search.loop import Search, plan_of
 from tvm_lowrank.search.oracle import LatencyOracle
 from tvm_lowrank.transform import replace_sites, shape_chains
 
@@ -94,8 +94,7 @@ def _delivered(task: Task) -> dict[str, Any]:
         if attempt.plan == fastest.plan:
             break
         if not task.search.damage:
-            with console.timed(task.search.seconds, "predicting damage"):
-                task.search.probe()
+            task.search.probe()
         what = "the last plan" if attempt.plan else "the dense network"
         console.phase(f"{what} takes {attempt.ms:.3f} ms, the limit is {task.limit:g} ms; looking for a faster one")
         attempt = fastest if number + 1 == MOST_ATTEMPTS else _next(task, attempt, fastest, number)
@@ -121,7 +120,7 @@ def _fastest(task: Task) -> Attempt:
 
     def find() -> str:
         console.phase("looking for the fastest plan, to see whether the latency can be reached")
-        harmless = {name: dict.fromkeys(choices, 0.0) for name, choices in search.candidates.items()}
+        harmless = {name: dict.fromkeys(choices, 0.0) for name, choices in search.sensitivity.candidates.items()}
         return plan_of(search.allocated(0.0, damage=harmless)).to_json()
 
     fastest = _measured(task, search.journal.once("attempt", "fastest", find))
@@ -170,9 +169,9 @@ def _network(search: Search, plan: Plan) -> IRModule:
     if not plan:
         return search.mod
     if search.settings.synthetic:
-        return replace_sites(search.mod, {name: search.single(name, choice) for name, choice in plan.items()})
+        return search.sensitivity.network(plan)
     console.phase("fitting the plan")
-    return search.best(plan)
+    return search.network(plan, search.networks.best_fit)
 
 
 def _built(task: Task, plan: Plan) -> tuple[Sequence[Library], dict[str, Any], float]:
@@ -201,7 +200,9 @@ def _written(
                 judged(library, splits, search.metric, delivery.device, description=f"accuracy, {name} library")
                 for name, library in zip(("dense", "compressed"), pair, strict=True)
             )
-        search.journal.once("look", plan.to_json(), lambda: paired_drop(before, after)[0])
+        search.journal.once(
+            "look", f"{plan.to_json()} {search.networks.best_fit}", lambda: paired_drop(before, after)[0]
+        )
         looks = len(search.journal.of_kind("look"))
         accuracy = accuracy_entry(search.metric, before, after, delivery.device, looks=looks)
 

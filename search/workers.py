@@ -18,7 +18,7 @@ from tvm_lowrank.training_data import Batch
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(days=1)  # that a worker waits for the first one, which evaluates while the others wait
+PATIENCE = timedelta(days=7)  # that workers wait for the first one, which searches while they wait
 
 
 @dataclass(frozen=True)

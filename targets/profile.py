@@ -101,7 +101,7 @@ class Profile:
     @property
     def arch(self) -> str:
         """The architecture, in the words of `tvm_lowrank.targets.toolchain`."""
-        return _arch(self.triple)
+        return arch_of(self.triple)
 
     @property
     def code(self) -> str:
@@ -170,7 +170,7 @@ def _profile(name: str, document: dict[str, Any]) -> Profile:
         lanes = target_lanes(made)
     if registers == DETECT:
         # NEON has 32 registers, but on 32-bit ARM only half as many
-        wide = _arch(target.get("mtriple", codegen.llvm_get_system_triple())) == "aarch64"
+        wide = arch_of(target.get("mtriple", codegen.llvm_get_system_triple())) == "aarch64"
         registers = 32 if wide or "avx512f" in codegen.llvm_get_cpu_features(made) else 16
     if cores == DETECT:
         cores = os.cpu_count() or 1
@@ -205,7 +205,7 @@ def _check_code(target: dict[str, Any]) -> None:
     if target.get("kind") != "llvm":
         raise ValueError(f"'target.kind' is {target.get('kind')!r}, but code is generated with 'llvm' only")
     triple = _text(target, "mtriple") or codegen.llvm_get_system_triple()
-    arch = _arch(triple).replace("armv7", "arm")
+    arch = arch_of(triple).replace("armv7", "arm")
     if arch not in map(str, codegen.llvm_get_targets()):
         raise ValueError(f"'target.mtriple' is {triple!r}, which LLVM has no code for")
     cpu = _text(target, "mcpu")
@@ -219,7 +219,8 @@ def _check_code(target: dict[str, Any]) -> None:
             raise ValueError(f"'target.mattr' has {feature[1:]!r}, which is no feature of {triple}")
 
 
-def _arch(triple: str) -> str:
+def arch_of(triple: str) -> str:
+    """The architecture of a triple, in the words of `tvm_lowrank.targets.toolchain`."""
     first = triple.split("-")[0]
     return "armv7" if first.startswith("arm") else first
 

@@ -15,6 +15,7 @@ from tvm_lowrank import bundle, verify
 from tvm_lowrank.bundle import CompiledModel
 from tvm_lowrank.data import fingerprint, load_data
 from tvm_lowrank.errors import UserError
+from tvm_lowrank.files import write_text
 from tvm_lowrank.metric import accuracy, load_metric, paired_drop
 from tvm_lowrank.plan import Choice, Plan
 
@@ -85,7 +86,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = bundle.prepare_out(root / "bundle")
     bundle.export_library(compiled(WEIGHT + NOISE), out / "model.so")
     bundle.export_library(compiled(WEIGHT), out / "dense.so")
-    bundle.write_text(out / "plan.json", Plan({"conv[1]": Choice("spatial", 16)}).to_json())
+    write_text(out / "plan.json", Plan({"conv[1]": Choice("spatial", 16)}).to_json())
     splits = load_data(root / "data.npz", input_shape=(3, 4, 4))
     metric = load_metric("top1")
     dense, compressed = (
@@ -150,14 +151,14 @@ def test_out_without_permission(tmp_path: Path) -> None:
 
 def test_text_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "plan.json"
-    bundle.write_text(path, "first ä\n")
+    write_text(path, "first ä\n")
 
     def fail(_: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(UserError, match="No space left on device; free space"):
-        bundle.write_text(path, "second\n")
+    with pytest.raises(UserError, match="No space left on device; make room"):
+        write_text(path, "second\n")
     assert path.read_text() == "first ä\n"
     assert list(tmp_path.iterdir()) == [path]
 

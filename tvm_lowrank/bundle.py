@@ -29,6 +29,7 @@ import numpy as np
 
 from tvm_lowrank.console import progress
 from tvm_lowrank.errors import UserError
+from tvm_lowrank.files import write_text
 from tvm_lowrank.metric import Metric
 
 if TYPE_CHECKING:
@@ -81,30 +82,6 @@ def prepare_out(out: Path, *, force: bool = False) -> Path:
     return out
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is there with all of the text or not at all.
-
-    Raises
-    ------
-    UserError
-        If it cannot be written.
-    """
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; free space or choose another --out") from error
-
-
 def find_compiler(cc: str | None = None) -> str:
     """The C++ compiler that links libraries: ``cc``, or the one that TVM finds.
 
@@ -137,7 +114,7 @@ def export_library(executable: Executable, path: Path, *, cc: str | None = None,
             executable.export_library(str(linked), cc=compiler, options=list(options))
             os.replace(linked, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; free space or choose another --out") from error
+        raise UserError(f"cannot write {path}: {error.strerror}; make room or choose another --out") from error
     except RuntimeError as error:  # the compiler's output
         lines = str(error).strip().splitlines()
         why = next((line for line in lines if "error" in line.lower() and "Compilation error" not in line), lines[-1])
@@ -162,7 +139,7 @@ def write_manifest(out: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     UserError
         If the file cannot be written.
     """
-    hashes = {name: _sha256(out / name) for name in FILES if (out / name).is_file()}
+    hashes = {name: sha256(out / name) for name in FILES if (out / name).is_file()}
     complete = {"versions": versions(), **manifest, "schema": SCHEMA, "files": hashes}
     missing = _missing_key(complete)
     if missing:
@@ -189,7 +166,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise UserError(f"{directory} has no {MANIFEST}; it is no bundle, or its search has not finished") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check its permissions") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}; restore it or run the search again") from error
     schema = manifest.get("schema") if isinstance(manifest, dict) else None
     if not isinstance(schema, int) or schema < 1:
@@ -279,7 +256,7 @@ def library(directory: Path, manifest: Mapping[str, Any], which: Which = "model"
     if not path.is_file():
         raise UserError(f"{directory} has no {path.name}; run the search again")
     # the loader does not survive a truncated library: look before it does
-    if _sha256(path) != manifest["files"].get(path.name):
+    if sha256(path) != manifest["files"].get(path.name):
         raise UserError(f"{path} is not the file that {MANIFEST} describes; copy the bundle or run the search again")
     return path
 
@@ -342,7 +319,8 @@ def _missing_key(manifest: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file in hexadecimal digits."""
     digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,6 +94,9 @@ def search(
         typer.Option(help="Also train with labels: file.py:factory of (images, labels) batches, e.g. a DataLoader."),
     ] = None,
     epochs: Annotated[int, typer.Option(help="Of fine-tuning, for each plan that comes into question.")] = 5,
+    stages: Annotated[
+        int, typer.Option(help="Decompose the network in so many parts, and fine-tune it after each part.")
+    ] = 1,
     time_limit: Annotated[str | None, typer.Option(help="End with the best plan so far after 600s, 10m or 2h.")] = None,
     cache: Cache = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite a bundle in --out.")] = False,
@@ -111,7 +116,9 @@ def search(
     With --model but without --data, synthetic images stand in for the calibration images. The plan is then chosen by
     predicted damage (0.01 nats for each point of the budget), and the accuracy is not measured.
 
-    Interrupted? Run the same command again with --resume.
+    Interrupted? Run the same command again with --resume. A search without --finetune can be resumed with it.
+
+    With several GPUs, or machines, `torchrun -m tvm_lowrank.cli search ...` shares the fine-tuning among its workers.
     """
     from tvm_lowrank.importer import parse_input_shape
     from tvm_lowrank.metric import parse_budget
@@ -140,6 +147,7 @@ def search(
         confident=confident,
         finetune=finetune,
         epochs=epochs,
+        stages=stages,
         time_limit=None if time_limit is None else _seconds(time_limit),
         cache=cache,
         force=force,
@@ -147,6 +155,8 @@ def search(
         methods=_methods(methods),
     )
     found = run.search(request)
+    if int(os.environ.get("RANK", "0")):
+        return  # of the workers that torchrun started, the first one tells
     if frontier:
         print_frontier(found)
         print(f"bundles: {out}/1 to {out}/{len(found['bundles'])}")
@@ -392,6 +402,44 @@ def verify(
     raise typer.Exit(0 if result.ok else 1)
 
 
+@app.command()
+def package(
+    directory: Bundle,
+    out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("package"),
+    with_runtime: Annotated[
+        bool, typer.Option("--with-runtime", help="Add TVM's runtime and the C interface, for the bundle's target.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a package in --out.")] = False,
+    cache: Cache = None,
+) -> None:
+    """Copy a bundle into a folder that runs on a clean device, with checksums (examples/ has applications)."""
+    from tvm_lowrank.package import package as make
+    from tvm_lowrank.targets.toolchain import cache_folder
+
+    make(directory, out, with_runtime=with_runtime, cache_dir=cache or cache_folder(), force=force)
+    print(f"package: {out}  (sha256sum --check SHA256SUMS, in the folder, checks a copy)")
+
+
+@app.command()
+def report(directory: Bundle) -> None:
+    """Make a bundle's report.html again, from its manifest and the journal of its search."""
+    from tvm_lowrank.report import write_report
+
+    print(f"report: {write_report(directory)}")
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="The folder of a bundle.")],
+    second: Annotated[Path, typer.Argument(help="The folder of another one.")],
+) -> None:
+    """Set two bundles side by side: latency, accuracy, and what became of each layer."""
+    from tvm_lowrank.bundle import read_manifest
+    from tvm_lowrank.verify import print_comparison
+
+    print_comparison({str(path): read_manifest(path) for path in (first, second)})
+
+
 def _methods(text: str | None) -> Sequence[str]:
     from tvm_lowrank.search.run import DEFAULT_METHODS
 
@@ -429,8 +477,17 @@ def milliseconds(text: str) -> float:
     return {"us": value / 1e3, "µs": value / 1e3, "s": value * 1e3}.get(match[2], value)
 
 
+class _Interrupted(BaseException):
+    """Ctrl-C; click would catch KeyboardInterrupt and say no more than "Aborted!"."""
+
+
+def _interrupt(signal_number: int, frame: object) -> None:
+    raise _Interrupted
+
+
 def main() -> None:
     """Entry point: one line for what goes wrong; exit code 2 if the user can fix it, 130 when interrupted."""
+    before = signal.signal(signal.SIGINT, _interrupt)
     try:
         app()
     except UserError as error:
@@ -439,9 +496,11 @@ def main() -> None:
     except MeasurementError as error:
         console.error(str(error))
         sys.exit(1)
-    except KeyboardInterrupt:
-        console.error("interrupted; run the same command with --resume to go on")
+    except _Interrupted:
+        console.error("interrupted; what was measured is kept, and a search goes on with --resume")
         sys.exit(130)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The exceptions that a user of the tool is meant to see: one line each, no traceback."""
+"""The exceptions that a user of the tool is meant to see, one line each, no traceback; and one that none sees."""
 
 
 class UserError(Exception):
@@ -11,3 +11,7 @@ class UserError(Exception):
 
 class MeasurementError(Exception):
     """A device or a compiler failed at what should have worked; the command line exits with code 1."""
+
+
+class TimeUp(Exception):
+    """The time limit of a search has passed, or would before the next step ends; it delivers what it has."""

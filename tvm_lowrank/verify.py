@@ -155,6 +155,37 @@ def print_manifest(manifest: Mapping[str, Any]) -> None:
         print(f"{a['on_device']} of the images ran on the device; PyTorch, which agrees with it, computed the others")
 
 
+def print_comparison(manifests: Mapping[str, Mapping[str, Any]]) -> None:
+    """Bundles side by side; their times compare only where target, threads and batch are the same."""
+    columns = ["", *manifests]
+    rows = [
+        ("target", *(f"{m['target']['name']}, {m['target'].get('mcpu', '')}" for m in manifests.values())),
+        ("threads, batch", *(f"{m['latency_ms']['threads']}, {m['latency_ms']['batch']}" for m in manifests.values())),
+        ("ms dense", *(_ms(m["latency_ms"]["dense"]["median"]) for m in manifests.values())),
+        ("ms compressed", *(_ms(m["latency_ms"]["compressed"]["median"]) for m in manifests.values())),
+        ("speed-up", *(f"{m['speedup']:.2f}" for m in manifests.values())),
+        ("accuracy dense", *(_percent(m["accuracy"], "dense") for m in manifests.values())),
+        ("accuracy compressed", *(_percent(m["accuracy"], "compressed") for m in manifests.values())),
+        ("drop", *(_percent(m["accuracy"], "drop") for m in manifests.values())),
+        ("MACs", *(f"{sum(site['macs'] for site in m['sites']) / 1e6:.1f} M" for m in manifests.values())),
+    ]
+    table("", columns, rows)
+    names = dict.fromkeys(site["id"] for m in manifests.values() for site in m["sites"])
+    found = [{site["id"]: site for site in m["sites"]} for m in manifests.values()]
+    table("layers", ["layer", *manifests], [(name, *(_became(own.get(name)) for own in found)) for name in names])
+
+
+def _percent(accuracy: Mapping[str, Any] | None, key: str) -> str:
+    return "–" if accuracy is None else f"{accuracy[key]:.2f}"
+
+
+def _became(site: Mapping[str, Any] | None) -> str:
+    if site is None:
+        return "–"
+    rank = "" if site["rank"] is None else f" {site['rank']}"
+    return f"{site['method']}{rank}, {_ms(site['ms'])} ms"
+
+
 def print_frontier(frontier: Mapping[str, Any]) -> None:
     """The bundles of a `frontier.json` as a table: latency, drops in points, MACs."""
     dense, looks = frontier["dense"], frontier["looks"]

@@ -18,7 +18,7 @@ from tvm.ir import IRModule
 
 from tvm_lowrank.bridge import TorchBridge
 from tvm_lowrank.calibrate import predict
-from tvm_lowrank.errors import UserError
+from tvm_lowrank.errors import TimeUp, UserError
 from tvm_lowrank.importer import import_model
 from tvm_lowrank.plan import Choice, Plan
 from tvm_lowrank.search.finetune import Result, Settings, finetune
@@ -165,6 +165,13 @@ def test_a_run_that_ended_is_not_repeated(tune: Tune) -> None:
     assert equal(again.parameters, whole.parameters)
 
 
+def test_no_epoch_begins_that_would_end_too_late(tune: Tune) -> None:
+    whole = tune()
+    with pytest.raises(TimeUp):
+        tune(folder="b", data=lambda epoch: pytest.fail("training") if epoch > 1 else batches(1), deadline=0.0)
+    assert equal(tune(folder="b").parameters, whole.parameters)
+
+
 def test_generators_are_left_alone(tune: Tune) -> None:
     def state() -> tuple[object, ...]:
         return random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()  # noqa: NPY002
@@ -216,7 +223,7 @@ def test_a_kill_while_writing_leaves_the_last_checkpoint(tune: Tune, monkeypatch
 
 def test_a_folder_that_cannot_be_written(tune: Tune, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write checkpoint"):
+    with pytest.raises(UserError, match="cannot write"):
         tune(data=lambda epoch: pytest.fail("training before the folder was tried"), folder="file/inside")
 
 
@@ -279,11 +286,13 @@ import numpy as np
 sys.path.insert(0, sys.argv[1])
 import test_finetune as t
 from tvm_lowrank.search.finetune import finetune
+from tvm_lowrank.search.workers import joined
 
 bridge, judge, rank = t.TorchBridge(t.SMALL), t.Judge(), os.environ["RANK"]
 rest = {"teacher": t.TorchBridge(t.DENSE), "judge": judge, "folder": Path("shared")}
 batches = {"seven": lambda epoch: [*t.batches(epoch), *t.batches(epoch)[:1]], "one": lambda epoch: t.batches(epoch)[:1]}
-result = finetune(bridge, batches[sys.argv[2]], t.SETTINGS, **rest)
+with joined() as workers:
+    result = finetune(bridge, batches[sys.argv[2]], t.SETTINGS, workers=workers, **rest)
 np.savez(f"rank{rank}.npz", *t.parameters(bridge), judged=len(judge.seen), score=result.score)
 """
 

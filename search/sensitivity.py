@@ -1,0 +1,169 @@
+"""What the data say of each site by itself: its statistics, its factorisations, and what each form of it would cost."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from itertools import groupby
+from typing import TypeVar
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+from tvm.ir import IRModule
+
+from tvm_lowrank import console
+from tvm_lowrank.bridge import TorchBridge
+from tvm_lowrank.calibrate import collect_fisher, collect_moments, predict
+from tvm_lowrank.decompose import METHODS, Chain, Factors, Moments, cut, factorise
+from tvm_lowrank.graph import Site, find_sites
+from tvm_lowrank.plan import Choice, Plan
+from tvm_lowrank.search.candidates import candidates, site_macs
+from tvm_lowrank.search.damage import DamageCurve, divergence, interpolated, probes
+from tvm_lowrank.search.journal import Journal
+from tvm_lowrank.search.refit import Target, dense_outputs
+from tvm_lowrank.synthetic import shrunk
+from tvm_lowrank.transform import replace_sites
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+PROBE_IMAGES = 500
+
+
+class Sensitivity:
+    """How the answers of a network depend on each of its sites, computed when first needed.
+
+    Parameters
+    ----------
+    mod : the dense canonical module.
+    images : calibration images, float32 NCHW.
+    methods, lanes : of the candidates; ranks are multiples of `lanes`.
+    share : damage in nats that a site may take in a likely plan of all sites; probes are chosen around it.
+    synthetic : the images stand in for data that there is not.
+    """
+
+    def __init__(
+        self,
+        mod: IRModule,
+        images: np.ndarray,
+        *,
+        methods: Sequence[str],
+        lanes: int,
+        share: float,
+        synthetic: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.mod, self.images, self.seed = mod, images, seed
+        self.sites = {site.id: site for site in find_sites(mod)}
+        self._bridge = TorchBridge(mod)
+        self._methods, self._lanes, self._synthetic = methods, lanes, synthetic
+        self._share = share
+
+    @cached_property
+    def candidates(self) -> dict[str, list[Choice]]:
+        """What each site may become, besides dense."""
+        return {name: candidates(site, methods=self._methods, lanes=self._lanes) for name, site in self.sites.items()}
+
+    @cached_property
+    def moments(self) -> dict[str, Moments]:
+        """Input statistics of the sites that have candidates, in the dense network."""
+        with console.progress("calibrating", len(self.images)) as advance:
+            found = collect_moments(self._bridge, self._examined, self.images, seed=self.seed, advance=advance)
+        return {name: shrunk(moments) for name, moments in found.items()} if self._synthetic else found
+
+    @cached_property
+    def fisher(self) -> dict[str, np.ndarray]:
+        """Fisher information of the outputs of the sites that have candidates, in the dense network."""
+        with console.progress("weighing errors", len(self.images)) as advance:
+            return collect_fisher(self._bridge, self._examined, self.images, seed=self.seed, advance=advance)
+
+    @cached_property
+    def targets(self) -> dict[str, Target]:
+        """What the dense network computes at every site with candidates, for the refit."""
+        return dense_outputs(self._bridge, self._examined, self.images, seed=self.seed)
+
+    @cached_property
+    def factors(self) -> dict[tuple[str, str], Factors]:
+        """The factorisation of each (site, method) that has candidates."""
+        pairs = sorted({(name, choice.method) for name, choices in self.candidates.items() for choice in choices})
+        moments, fisher = self.moments, self.fisher
+
+        def factors(pair: tuple[str, str]) -> Factors:
+            name, method = pair
+            site = self.sites[name]
+            return factorise(site.weight, site.spec, method=method, moments=moments[name], fisher=fisher[name])
+
+        return dict(zip(pairs, _each(factors, pairs, "factorising"), strict=True))
+
+    def network(self, plan: Mapping[str, Choice]) -> IRModule:
+        """The network of a plan whose chains were decomposed one by one, in the norm of the data, and not fitted."""
+        return replace_sites(self.mod, {name: self._single(name, choice) for name, choice in plan.items()})
+
+    def probe(self, journal: Journal, check: Callable[[], None]) -> dict[str, dict[Choice, float]]:
+        """Damage of every candidate in nats: predicted, and corrected by a few real evaluations of each site.
+
+        The evaluations are kept in the journal; ``check`` is called before each.
+        """
+        images = self.images[:PROBE_IMAGES]
+        dense = predict(self._bridge, images)
+        names = list(self.candidates)
+        predicted = dict(zip(names, _each(self._predicted, names, "predicting damage"), strict=True))
+        share = self._share / max(1, sum(bool(choices) for choices in self.candidates.values()))
+        wanted = [(name, choice) for name, own in predicted.items() for choice in probes(own, share)]
+        found: dict[str, dict[float, float]] = {}
+        for name, choice in console.track(wanted, "probing damage"):
+            check()
+
+            def evaluate(name: str = name, choice: Choice = choice) -> float:
+                changed = TorchBridge(self.network(Plan({name: choice})))
+                return divergence(dense, predict(changed, images))
+
+            damage = journal.once("probe", f"{name} {choice}", evaluate)
+            found.setdefault(name, {})[predicted[name][choice]] = damage
+        curves = {name: DamageCurve.through(probed) for name, probed in found.items()}
+        return {name: {choice: curves[name](value) for choice, value in own.items()} for name, own in predicted.items()}
+
+    @property
+    def _examined(self) -> list[Site]:
+        return [site for site in self.sites.values() if self.candidates[site.id]]
+
+    def _single(self, name: str, choice: Choice) -> Chain:
+        """The chain of one candidate, decomposed by itself."""
+        assert choice.rank is not None
+        factors = self.factors[name, choice.method]
+        return cut(choice.method, factors, choice.rank, self.sites[name].weight, self.moments[name])
+
+    def _predicted(self, name: str) -> dict[Choice, float]:
+        """Damage of a site's candidates to second order, in nats, before the refit."""
+        site, found = self.sites[name], {}
+
+        def error(choice: Choice) -> float:
+            assert choice.rank is not None
+            return self.factors[name, choice.method].error(choice.rank)
+
+        for method, group in groupby(self.candidates[name], key=lambda choice: choice.method):
+            own = list(group)
+            if METHODS[method].solves:
+                errors = interpolated({choice: site_macs(site, choice) for choice in own}, error)
+            else:
+                errors = {choice: error(choice) for choice in own}
+            found.update({choice: value / 2 for choice, value in errors.items()})
+        return found
+
+
+def _each(function: Callable[[S], T], items: Sequence[S], description: str) -> list[T]:
+    """The function of every item, on all cores: linear algebra on one thread each."""
+    with (
+        threadpool_limits(1, user_api="blas"),
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        console.progress(description, len(items)) as advance,
+    ):
+
+        def done(item: S) -> T:
+            result = function(item)
+            advance()
+            return result
+
+        return list(pool.map(done, items))
