@@ -129,7 +129,7 @@ def test_the_page_says_what_was_measured_and_needs_no_network(bundle: Path) -> N
     text = " ".join(" ".join(page.text).split())
     for wanted in (
         "4.00×",
-        "-0.85",
+        "−0.85",
         "93.25 % to 92.40 %",
         "0.23 to 1.47",
         "2000 evaluation images",

@@ -135,7 +135,8 @@ def bars(sites: Sequence[Mapping[str, Any]]) -> str:
         own, dense = site["ms"] or 0.0, site["dense_ms"] or 0.0
         axes.barh(row - 0.18, dense, height=0.34, color=DENSE)
         axes.barh(row + 0.18, own, height=0.34, color=CHOSEN)
-        axes.text(max(own, dense), row, f"  {became}", va="center", fontsize=8, color=INK)
+        end, beside = (max(own, dense), row), (4, 0)
+        axes.annotate(became, end, beside, textcoords="offset points", va="center", fontsize=8, color=INK)
     axes.set_yticks(range(len(sites)), [_short(site["id"]) for site in sites])
     axes.invert_yaxis()
     axes.margins(x=0.3, y=0.02)
@@ -164,6 +165,8 @@ def pareto(plans: Sequence[Tried], chosen: str, budget: float | None) -> str:
 
 def agreement(plans: Sequence[Tried]) -> str:
     """Predicted against measured damage."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
     figure, axes = _figure(height=3.2)
     for fit, marker in zip(FITS, "ovs", strict=True):
         own = [plan for plan in plans if plan.fit == fit and min(plan.predicted, plan.damage) > 0]
@@ -171,8 +174,11 @@ def agreement(plans: Sequence[Tried]) -> str:
             axes.scatter(
                 [p.predicted for p in own], [p.damage for p in own], marker=marker, color=TRIED, label=FITS[fit]
             )
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    for axis, scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
+        scale("log")
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_formatter(NullFormatter())
     low, high = (pick((*axes.get_xlim(), *axes.get_ylim())) for pick in (min, max))
     axes.plot([low, high], [low, high], color=INK, linewidth=0.8, linestyle="--", label="as predicted")
     axes.set_xlabel("predicted damage, nats (before the fit)")
@@ -189,7 +195,7 @@ def _figure(*, height: float) -> tuple[Figure, Axes]:
     axes.set_facecolor("none")
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[:].set_color(INK)
-    axes.tick_params(colors=INK, labelsize=8)
+    axes.tick_params(which="both", colors=INK, labelsize=8)
     axes.xaxis.label.set_color(INK)
     axes.yaxis.label.set_color(INK)
     return figure, axes
