@@ -35,7 +35,7 @@ def replaced(path: Path) -> Iterator[IO[bytes]]:
             os.unlink(name)
             raise
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; make room or choose another --out") from error
+        raise UserError(f"cannot write {path}: {error.strerror}; make room or choose another place") from error
 
 
 def write_text(path: Path, text: str) -> None:

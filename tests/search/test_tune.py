@@ -298,7 +298,7 @@ def test_an_import_follows_a_torn_line(tmp_path: Path) -> None:
         (["tune", "--export", "a", "--import", "b"], ["--export", "--import"]),
         (["tune", "--import", "absent.jsonl"], ["absent.jsonl"]),
         (["tune", "--import", "."], ["cannot read ."]),
-        (["tune", "--export", "no/such/file"], ["no/such/file"]),
+        (["tune", "--export", "taken/file"], ["cannot write taken/file: File exists"]),
         (
             ["tune", "--export", "empty.jsonl", "--threads", str(OTHER)],
             [f"tvm_lowrank profile --target x86 --threads {OTHER}"],
@@ -316,8 +316,9 @@ def test_an_import_follows_a_torn_line(tmp_path: Path) -> None:
 )
 def test_bad_input_is_one_line(arguments: list[str], named: list[str], tmp_path: Path, run: Run) -> None:
     database(tmp_path / "cache", entry("a"))
+    (tmp_path / "taken").write_text("no folder")
     one_line_error(run(*arguments, "--cache", "cache", cwd=tmp_path), *named)
-    assert {path.name for path in tmp_path.iterdir()} == {"cache"}
+    assert {path.name for path in tmp_path.iterdir()} == {"cache", "taken"}
 
 
 def test_the_database_is_not_exported_onto_itself(tmp_path: Path) -> None:
