@@ -28,14 +28,14 @@ from unittest.mock import patch
 import numpy as np
 from tvm.ir import IRModule
 
-from tvm_lowrank.decompose import Chain, Moments, decompose
+from tvm_lowrank.methods import Chain, Moments, decompose
 from tvm_lowrank.metric import parse_budget
 from tvm_lowrank.plan import Choice, Plan
-from tvm_lowrank.search import loop, run
-from tvm_lowrank.search.candidates import site_macs
-from tvm_lowrank.search.networks import Networks
-from tvm_lowrank.search.sensitivity import Sensitivity
-from tvm_lowrank.search.times import SiteTimes
+from tvm_lowrank.searching import loop, run
+from tvm_lowrank.searching.candidates import site_macs
+from tvm_lowrank.searching.networks import Networks
+from tvm_lowrank.searching.sensitivity import Sensitivity
+from tvm_lowrank.searching.times import SiteTimes
 
 METHODS = tuple(name for name in run.DEFAULT_METHODS if name != "svd")
 
@@ -96,7 +96,10 @@ def patches(variant: str) -> list[Any]:
     if variant == "macs":
         return [patch.object(run, "SiteTimes", MacTimes)]
     if variant == "no_whitening":
-        return [patch.object(loop, "Sensitivity", Unwhitened), patch("tvm_lowrank.search.refit.decompose", of_weights)]
+        return [
+            patch.object(loop, "Sensitivity", Unwhitened),
+            patch("tvm_lowrank.searching.refit.decompose", of_weights),
+        ]
     if variant == "no_refit":
         return [patch.object(loop, "Networks", Unfitted)]
     if variant == "no_reconstruct":

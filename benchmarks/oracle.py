@@ -102,7 +102,7 @@ class Bench:
     """What all parts need: the target, worker processes, and folders that nothing else uses."""
 
     def __init__(self, folder: Path, threads: int) -> None:
-        from tvm_lowrank.search.local import LocalBench
+        from tvm_lowrank.searching.local import LocalBench
         from tvm_lowrank.targets.profile import load_profile
 
         self.folder, self.threads = folder, threads
@@ -112,7 +112,7 @@ class Bench:
 
     def oracle(self, name: str, trials: int) -> Any:
         """An oracle with a database of this name; closing it would end the processes that all of them share."""
-        from tvm_lowrank.search.oracle import LatencyOracle
+        from tvm_lowrank.searching.oracle import LatencyOracle
 
         options = {"trials": trials, "threads": self.threads, "bench": self.local}
         return LatencyOracle(self.profile, cache_dir=self.folder / name, **options)
@@ -126,8 +126,8 @@ class Bench:
 
     def compare(self, func: Any, tilings: Sequence[Any], rounds: int = 6) -> list[float]:
         """Seconds of schedules of one kernel, measured in turns."""
-        from tvm_lowrank.search.bench import Job
-        from tvm_lowrank.search.oracle import undisturbed
+        from tvm_lowrank.searching.bench import Job
+        from tvm_lowrank.searching.oracle import undisturbed
 
         self.local.forget()
         handles = self.local.build([Job(func, tiling) for tiling in tilings])
@@ -229,7 +229,7 @@ def schedules(bench: Bench) -> Iterator[str]:
 
 def surrogate(bench: Bench) -> Iterator[str]:
     """Errors on convolutions that were not measured."""
-    from tvm_lowrank.search.surrogate import Surrogate
+    from tvm_lowrank.searching.surrogate import Surrogate
 
     oracle = bench.oracle("surrogate", 8)
     oracle.measure([bench.kernel(module) for module in module_of(unseen(150, 11))])
@@ -248,8 +248,8 @@ def surrogate(bench: Bench) -> Iterator[str]:
 
 def random_plans(sites: Sequence[Any], count: int, lanes: int) -> list[dict[str, Any]]:
     """Plans that change most sites to anything, and the dense one first."""
-    from tvm_lowrank.search.candidates import candidates
-    from tvm_lowrank.search.run import DEFAULT_METHODS
+    from tvm_lowrank.searching.candidates import candidates
+    from tvm_lowrank.searching.run import DEFAULT_METHODS
 
     generator = np.random.default_rng(3)
     plans: list[dict[str, Any]] = [{}]
@@ -268,8 +268,8 @@ def whole(bench: Bench) -> Iterator[str]:
     from tvm_lowrank import example
     from tvm_lowrank.graph import find_sites
     from tvm_lowrank.lower import build, lower
-    from tvm_lowrank.search.local import measure_interleaved
-    from tvm_lowrank.search.times import SiteTimes
+    from tvm_lowrank.searching.local import measure_interleaved
+    from tvm_lowrank.searching.times import SiteTimes
     from tvm_lowrank.transform import replace_sites, shape_chains
 
     models = {"example": (example.model(), example.INPUT_SHAPE), "ResNet-18": (resnet18(), SIZE)}
@@ -316,7 +316,7 @@ def methods(bench: Bench) -> Iterator[str]:
     """The methods on the convolutions of VGG-16, each at the rank whose MACs are nearest to 0.4 of the layer's."""
     from tvm_lowrank.graph import find_sites
     from tvm_lowrank.plan import Plan
-    from tvm_lowrank.search.candidates import candidates, site_macs
+    from tvm_lowrank.searching.candidates import candidates, site_macs
 
     mod = import_torch(vgg16().features, SIZE)
     plans = {"dense": Plan()}
@@ -335,8 +335,8 @@ def _chains(bench: Bench, mod: Any, plans: Any, shape: Sequence[int] | None, dat
     from tvm_lowrank.graph import find_sites
     from tvm_lowrank.lower import build, kernels, lower
     from tvm_lowrank.plan import Choice
-    from tvm_lowrank.search.candidates import site_macs
-    from tvm_lowrank.search.local import measure_interleaved
+    from tvm_lowrank.searching.candidates import site_macs
+    from tvm_lowrank.searching.local import measure_interleaved
     from tvm_lowrank.transform import replace_sites, shape_chains
 
     sites, libraries, times, tuned, macs, slowest = find_sites(mod), {}, {}, {}, {}, {}

@@ -13,18 +13,18 @@ from tvm_lowrank.bridge import TorchBridge
 from tvm_lowrank.bundle import find_compiler, prepare_out
 from tvm_lowrank.calibrate import collect_fisher, collect_moments
 from tvm_lowrank.data import Splits, overlaps
-from tvm_lowrank.decompose import METHODS, decompose
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.graph import Site, find_sites
+from tvm_lowrank.methods import METHODS, decompose
 from tvm_lowrank.metric import load_metric
 from tvm_lowrank.plan import Choice, Plan
-from tvm_lowrank.search.candidates import wide
-from tvm_lowrank.search.deliver import deliver_plan
-from tvm_lowrank.search.device import check_connection
-from tvm_lowrank.search.reconstruct import reconstruct_if_better
-from tvm_lowrank.search.refit import dense_outputs, refit
-from tvm_lowrank.search.run import Request, delivery_of, load_data_of, load_model, opened, synthetic_images
-from tvm_lowrank.search.times import SiteTimes
+from tvm_lowrank.searching.candidates import wide
+from tvm_lowrank.searching.deliver import deliver_plan
+from tvm_lowrank.searching.device import check_connection
+from tvm_lowrank.searching.reconstruct import reconstruct_if_better
+from tvm_lowrank.searching.refit import dense_outputs, refit
+from tvm_lowrank.searching.run import Request, delivery_of, load_data_of, load_model, opened, synthetic_images
+from tvm_lowrank.searching.times import SiteTimes
 from tvm_lowrank.synthetic import shrunk
 from tvm_lowrank.targets.profile import load_profile
 from tvm_lowrank.transform import replace_sites

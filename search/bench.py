@@ -21,7 +21,7 @@ from tvm.ir import IRModule
 
 from tvm_lowrank.errors import MeasurementError
 from tvm_lowrank.schedule import Tiling
-from tvm_lowrank.search.worker import receive, send
+from tvm_lowrank.searching.worker import receive, send
 
 BUILD_TIMEOUT = 60.0  # seconds; a kernel takes 0.1, more on a busy machine
 RUN_TIMEOUT = 20.0  # beyond what the measurement was asked to take
@@ -85,12 +85,12 @@ class Devices(Protocol):
 class Worker:
     """One child process, started when first needed and again after a crash.
 
-    ``module`` is what it runs: `tvm_lowrank.search.worker`, or another that serves requests as that one does. Setting
-    ``cancelled`` ends a request in progress, and refuses others, with `Cancelled`.
+    ``module`` is what it runs: `tvm_lowrank.searching.worker`, or another that serves requests as that one does.
+    Setting ``cancelled`` ends a request in progress, and refuses others, with `Cancelled`.
     """
 
     def __init__(
-        self, *, threads: int, module: str = "tvm_lowrank.search.worker", cancelled: threading.Event | None = None
+        self, *, threads: int, module: str = "tvm_lowrank.searching.worker", cancelled: threading.Event | None = None
     ) -> None:
         self.threads, self.module = threads, module
         self.cancelled = cancelled or threading.Event()

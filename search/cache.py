@@ -18,7 +18,7 @@ import tvm
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.lower import LOWERING_VERSION
 from tvm_lowrank.schedule import Tiling
-from tvm_lowrank.search.convolution import Convolution
+from tvm_lowrank.searching.convolution import Convolution
 from tvm_lowrank.targets.profile import Profile
 
 FILE = "kernels.jsonl"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import prod
 
-from tvm_lowrank.decompose import METHODS, ConvSpec, chain_macs
 from tvm_lowrank.graph import Site
+from tvm_lowrank.methods import METHODS, ConvSpec, chain_macs
 from tvm_lowrank.plan import Choice
 
 # MACs relative to dense; a dearer chain has never been measured faster

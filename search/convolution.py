@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
-from tvm_lowrank.decompose import ConvSpec, Pair
 from tvm_lowrank.lower import Kernel
+from tvm_lowrank.methods import ConvSpec, Pair
 from tvm_lowrank.schedule import Workload, workload
 from tvm_lowrank.vectors import computed_channels
 

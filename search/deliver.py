@@ -24,11 +24,11 @@ from tvm_lowrank.lower import build, kernels, lower
 from tvm_lowrank.metric import Metric, accuracy, paired_drop
 from tvm_lowrank.plan import Choice, Plan
 from tvm_lowrank.report import write_report
-from tvm_lowrank.search.candidates import site_macs, skipped
-from tvm_lowrank.search.device import Device, Model
-from tvm_lowrank.search.loop import Evaluated, Search
-from tvm_lowrank.search.oracle import LatencyOracle
-from tvm_lowrank.search.times import SiteTimes
+from tvm_lowrank.searching.candidates import site_macs, skipped
+from tvm_lowrank.searching.device import Device, Model
+from tvm_lowrank.searching.loop import Evaluated, Search
+from tvm_lowrank.searching.oracle import LatencyOracle
+from tvm_lowrank.searching.times import SiteTimes
 
 ROUNDS = 30
 DENSE_ROUNDS = 10

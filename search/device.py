@@ -14,10 +14,10 @@ import numpy as np
 from tvm_lowrank import console
 from tvm_lowrank.bundle import CompiledModel, read_manifest
 from tvm_lowrank.errors import UserError
-from tvm_lowrank.search.bench import Devices
-from tvm_lowrank.search.fleet import Fleet
-from tvm_lowrank.search.local import LocalBench, measure_interleaved
-from tvm_lowrank.search.remote import Remote
+from tvm_lowrank.searching.bench import Devices
+from tvm_lowrank.searching.fleet import Fleet
+from tvm_lowrank.searching.local import LocalBench, measure_interleaved
+from tvm_lowrank.searching.remote import Remote
 from tvm_lowrank.targets.doctor import examine
 from tvm_lowrank.targets.emulate import emulated
 from tvm_lowrank.targets.profile import Profile, load_profile

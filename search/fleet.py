@@ -18,12 +18,12 @@ import tvm
 
 from tvm_lowrank import console
 from tvm_lowrank.errors import MeasurementError, UserError
-from tvm_lowrank.search.bench import START_TIMEOUT, Cancelled, Job, R, T, TrialError, Worker, WorkerPool
-from tvm_lowrank.search.remote import Board, BoardLost, Remote, RPCBench, free_boards, request
-from tvm_lowrank.search.thermal import LOOK, REFERENCE_SECONDS, reference_job, settle
+from tvm_lowrank.searching.bench import START_TIMEOUT, Cancelled, Job, R, T, TrialError, Worker, WorkerPool
+from tvm_lowrank.searching.remote import Board, BoardLost, Remote, RPCBench, free_boards, request
+from tvm_lowrank.searching.thermal import LOOK, REFERENCE_SECONDS, reference_job, settle
 from tvm_lowrank.targets.toolchain import release, tvm_versions
 
-LINK = "tvm_lowrank.search.link"
+LINK = "tvm_lowrank.searching.link"
 POLL = 0.5  # seconds between questions whether a board has become free
 QUIET = 3.0  # a server takes its time between two sessions: not worth a message
 FAILURES = 3  # in a row, before a board has to rest
@@ -46,7 +46,7 @@ class Ended:
 
 
 class Fleet:
-    """The boards of one kind: `tvm_lowrank.search.bench.Devices` for the oracle, and whole models.
+    """The boards of one kind: `tvm_lowrank.searching.bench.Devices` for the oracle, and whole models.
 
     Parameters
     ----------
@@ -136,7 +136,7 @@ class Fleet:
     ) -> dict[str, list[float]]:
         """Latencies of exported libraries on one board, in one session and in turns.
 
-        As `tvm_lowrank.search.local.measure_interleaved`, by the board's clock; a session that is lost is repeated.
+        As `tvm_lowrank.searching.local.measure_interleaved`, by the board's clock; a session that is lost is repeated.
         """
 
         def work(bench: RPCBench, models: Mapping[str, Path]) -> dict[str, list[float]]:

@@ -27,7 +27,7 @@ from tvm_lowrank.files import write_text
 from tvm_lowrank.metric import paired_drop
 from tvm_lowrank.plan import Plan
 from tvm_lowrank.report import REPORT
-from tvm_lowrank.search.deliver import (
+from tvm_lowrank.searching.deliver import (
     ROUNDS,
     Delivery,
     Library,
@@ -39,8 +39,8 @@ from tvm_lowrank.search.deliver import (
     summary,
     write_bundle,
 )
-from tvm_lowrank.search.loop import FIRST_LIMIT, LEAST_LIMIT, MOST_LIMIT, Evaluated, Placed, Search
-from tvm_lowrank.search.oracle import LatencyOracle
+from tvm_lowrank.searching.loop import FIRST_LIMIT, LEAST_LIMIT, MOST_LIMIT, Evaluated, Placed, Search
+from tvm_lowrank.searching.oracle import LatencyOracle
 
 FRONTIER = "frontier.json"
 SCHEMA = 1

@@ -5,9 +5,9 @@ from __future__ import annotations
 from tvm_lowrank import console
 from tvm_lowrank.graph import find_sites
 from tvm_lowrank.plan import Choice
-from tvm_lowrank.search.device import check_connection
-from tvm_lowrank.search.run import Request, load_model, opened
-from tvm_lowrank.search.times import SiteTimes
+from tvm_lowrank.searching.device import check_connection
+from tvm_lowrank.searching.run import Request, load_model, opened
+from tvm_lowrank.searching.times import SiteTimes
 from tvm_lowrank.targets.profile import load_profile
 
 

@@ -1,7 +1,7 @@
-"""The child process that talks to a board: ``python -m tvm_lowrank.search.link``.
+"""The child process that talks to a board: ``python -m tvm_lowrank.searching.link``.
 
 Nothing bounds the time of a call over TVM's RPC when the network or the board is gone, so the calls are made in a
-process that can be killed (see `tvm_lowrank.search.worker` for how it is spoken to). It ends by itself when its
+process that can be killed (see `tvm_lowrank.searching.worker` for how it is spoken to). It ends by itself when its
 connection is lost: whatever it held of the board is gone, and the last line that it writes says why.
 """
 
@@ -22,7 +22,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from tvm_lowrank.search.worker import Argument, Timer, one_line, sample, serve
+from tvm_lowrank.searching.worker import Argument, Timer, one_line, sample, serve
 
 FAST_CORES = 1  # affinity mode of TVM's thread pool; where all cores are alike, any
 DEVICE_INFO = "tvm_lowrank.device_info"

@@ -13,7 +13,7 @@ from typing import Any
 import tvm
 
 from tvm_lowrank.errors import MeasurementError
-from tvm_lowrank.search.bench import (
+from tvm_lowrank.searching.bench import (
     BUILD_TIMEOUT,
     RUN_TIMEOUT,
     START_TIMEOUT,
@@ -26,7 +26,7 @@ from tvm_lowrank.search.bench import (
     WorkerDied,
     WorkerPool,
 )
-from tvm_lowrank.search.thermal import LOOK, REFERENCE_SECONDS, reference_job, settle
+from tvm_lowrank.searching.thermal import LOOK, REFERENCE_SECONDS, reference_job, settle
 
 PATIENCE = 10.0  # seconds that a busy machine is waited for
 

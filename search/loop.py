@@ -28,12 +28,12 @@ from tvm_lowrank.errors import TimeUp
 from tvm_lowrank.graph import find_sites
 from tvm_lowrank.metric import Metric, accuracy, paired_drop
 from tvm_lowrank.plan import DENSE, Choice, Plan
-from tvm_lowrank.search.allocate import Option, allocate
-from tvm_lowrank.search.damage import divergence
-from tvm_lowrank.search.journal import Journal
-from tvm_lowrank.search.networks import Fit, Networks, Training
-from tvm_lowrank.search.sensitivity import Sensitivity
-from tvm_lowrank.search.times import SiteTimes
+from tvm_lowrank.searching.allocate import Option, allocate
+from tvm_lowrank.searching.damage import divergence
+from tvm_lowrank.searching.journal import Journal
+from tvm_lowrank.searching.networks import Fit, Networks, Training
+from tvm_lowrank.searching.sensitivity import Sensitivity
+from tvm_lowrank.searching.times import SiteTimes
 
 FIRST_LIMIT = 0.01  # nats: near the damage that costs a point, so that few steps are needed from here
 STEP = 2.5  # factor between limits until one fails and one keeps the budget

@@ -16,12 +16,12 @@ from tvm_lowrank.bridge import TorchBridge
 from tvm_lowrank.errors import TimeUp
 from tvm_lowrank.graph import find_sites
 from tvm_lowrank.plan import Choice, Plan
-from tvm_lowrank.search.finetune import Settings, finetune
-from tvm_lowrank.search.fitted import FittedNetworks
-from tvm_lowrank.search.reconstruct import reconstruct_if_better
-from tvm_lowrank.search.refit import refit
-from tvm_lowrank.search.sensitivity import Sensitivity
-from tvm_lowrank.search.workers import Workers
+from tvm_lowrank.searching.finetune import Settings, finetune
+from tvm_lowrank.searching.fitted import FittedNetworks
+from tvm_lowrank.searching.reconstruct import reconstruct_if_better
+from tvm_lowrank.searching.refit import refit
+from tvm_lowrank.searching.sensitivity import Sensitivity
+from tvm_lowrank.searching.workers import Workers
 from tvm_lowrank.training_data import Batches
 from tvm_lowrank.transform import replace_sites, shape_chains
 
@@ -75,10 +75,10 @@ class Training:
 class Networks:
     """The network of each plan, fitted in a way that goes on from the one before, once.
 
-    refitted : chain after chain, in closed form, to the calibration images (`tvm_lowrank.search.refit`).
+    refitted : chain after chain, in closed form, to the calibration images (`tvm_lowrank.searching.refit`).
     reconstructed : all parameters together, to the calibration images, or as it was if that was nearer to the dense
-        network on the selection images, without their labels (`tvm_lowrank.search.reconstruct`).
-    finetuned : then with labels (`tvm_lowrank.search.finetune`); or decomposed and trained in stages.
+        network on the selection images, without their labels (`tvm_lowrank.searching.reconstruct`).
+    finetuned : then with labels (`tvm_lowrank.searching.finetune`); or decomposed and trained in stages.
 
     Parameters
     ----------

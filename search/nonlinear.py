@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tvm_lowrank.decompose import Chain, Conv
 from tvm_lowrank.epilogue import Activation
+from tvm_lowrank.methods import Chain, Conv
 
 PENALTIES = (0.01, 0.01, 0.01, 1.0, 1.0, 1.0)
 HELD_OUT = 0.2  # share of the calibration samples, the last ones; it decides which iterate is kept

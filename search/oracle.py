@@ -16,12 +16,12 @@ from tvm_lowrank import schedule
 from tvm_lowrank.errors import MeasurementError
 from tvm_lowrank.lower import Kernel
 from tvm_lowrank.schedule import Tiling
-from tvm_lowrank.search.bench import Bench, Devices, Job, TrialError
-from tvm_lowrank.search.cache import Entry, KernelCache, Latency
-from tvm_lowrank.search.convolution import Convolution
-from tvm_lowrank.search.local import LocalBench
-from tvm_lowrank.search.ranking import Ranking
-from tvm_lowrank.search.tiles import first_candidates, variants
+from tvm_lowrank.searching.bench import Bench, Devices, Job, TrialError
+from tvm_lowrank.searching.cache import Entry, KernelCache, Latency
+from tvm_lowrank.searching.convolution import Convolution
+from tvm_lowrank.searching.local import LocalBench
+from tvm_lowrank.searching.ranking import Ranking
+from tvm_lowrank.searching.tiles import first_candidates, variants
 from tvm_lowrank.targets.profile import Profile
 
 FINALISTS = 3

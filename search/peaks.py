@@ -11,8 +11,8 @@ from tvm import te
 
 from tvm_lowrank.errors import MeasurementError
 from tvm_lowrank.schedule import workload
-from tvm_lowrank.search.bench import Bench, Devices, Job, TrialError
-from tvm_lowrank.search.tiles import register_tiles
+from tvm_lowrank.searching.bench import Bench, Devices, Job, TrialError
+from tvm_lowrank.searching.tiles import register_tiles
 from tvm_lowrank.targets.profile import Profile
 
 ROWS, DEPTH, COLUMNS = 96, 128, 64  # of a matrix product, rows for each thread: 100 kB of operands

@@ -1,6 +1,6 @@
 """Which schedules are worth a trial on a target, learnt from all trials that were made on it.
 
-`tvm_lowrank.search.tiles` ranks tiles by a simple count of instructions, which knows nothing of caches and of what a
+`tvm_lowrank.searching.tiles` ranks tiles by a simple count of instructions, which knows nothing of caches and of what a
 processor finds hard. Gradient-boosted trees (xgboost) learn from measured trials by how much each schedule is slower
 than the best one of its kernel; what they learnt on other shapes ranks the schedules of a new one.
 """
@@ -14,7 +14,7 @@ import numpy as np
 import xgboost
 
 from tvm_lowrank.schedule import Tiling, Workload
-from tvm_lowrank.search.tiles import register_tiles, tile_cost, variants
+from tvm_lowrank.searching.tiles import register_tiles, tile_cost, variants
 
 LEAST = 8  # kernels before the trees are better than the count of instructions
 MOST = 400  # kernels that are learnt from: the last ones

@@ -1,6 +1,6 @@
 """Reconstruction: all factors and biases of a compressed network learn together to do what the dense one does.
 
-The refit (`tvm_lowrank.search.refit`) is exact, but sees one site at a time. Here the loss is that of the whole
+The refit (`tvm_lowrank.searching.refit`) is exact, but sees one site at a time. Here the loss is that of the whole
 network: the divergence of the answers, and at every site the squared error of its input, relative to the dense
 network's. It is the joint form of the block reconstruction of Li et al. 2021 (BRECQ); a term for every site keeps a
 thousand images from being learned by heart, as ten numbers an image would be. Mirrored and shifted images are as good
@@ -22,8 +22,8 @@ from tvm_lowrank import console
 from tvm_lowrank.bridge import TorchBridge
 from tvm_lowrank.calibrate import predict
 from tvm_lowrank.graph import find_sites
-from tvm_lowrank.search.damage import divergence
-from tvm_lowrank.search.training import Learner, chain_of, ramp
+from tvm_lowrank.searching.damage import divergence
+from tvm_lowrank.searching.training import Learner, chain_of, ramp
 
 PASSES = 12  # over the images
 MOST_WORK = 2e14  # multiply-accumulates of a reconstruction; large networks get fewer passes

@@ -5,7 +5,7 @@ dense network's outputs, the best unrestricted kernel is the regression B = Cov(
 the decomposition of B in the norm of Cov(x): E|y - Mx|^2 = const + |(B - M) Cov(x)^(1/2)|^2. For `channel` this is the
 closed form of Zhang et al. 2015, section 3.2; it holds for every method that minimises the error in that norm. Then
 the chain is refit to what the network sees of it, through a residual addition, the activation and a max-pool (see
-`tvm_lowrank.search.nonlinear`). No labels are used.
+`tvm_lowrank.searching.nonlinear`). No labels are used.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from tvm.ir import IRModule
 
 from tvm_lowrank.bridge import TorchBridge
 from tvm_lowrank.calibrate import sample_columns, sample_positions, sample_values
-from tvm_lowrank.decompose import METHODS, Chain, Factors, Moments, compose, decompose, grouped
 from tvm_lowrank.epilogue import Epilogue, epilogue, rivals
 from tvm_lowrank.graph import Site
+from tvm_lowrank.methods import METHODS, Chain, Factors, Moments, compose, decompose, grouped
 from tvm_lowrank.plan import Choice
-from tvm_lowrank.search.candidates import wide
-from tvm_lowrank.search.nonlinear import Response, chain_outputs, joined, refit_through
+from tvm_lowrank.searching.candidates import wide
+from tvm_lowrank.searching.nonlinear import Response, chain_outputs, joined, refit_through
 from tvm_lowrank.transform import replace_sites
 
 RIDGE = 1e-2  # pulls B towards the dense kernel where the calibration images say little

@@ -15,7 +15,7 @@ import numpy as np
 import tvm
 
 from tvm_lowrank.errors import MeasurementError
-from tvm_lowrank.search.bench import (
+from tvm_lowrank.searching.bench import (
     BUILD_TIMEOUT,
     RUN_TIMEOUT,
     Job,
@@ -24,7 +24,7 @@ from tvm_lowrank.search.bench import (
     WorkerDied,
     WorkerPool,
 )
-from tvm_lowrank.search.worker import Argument
+from tvm_lowrank.searching.worker import Argument
 from tvm_lowrank.targets import tracker
 
 CONNECT_TIMEOUT = 20.0  # seconds

@@ -21,24 +21,24 @@ from tvm.ir import IRModule
 from tvm_lowrank import console, example
 from tvm_lowrank.bundle import FILES, MANIFEST, find_compiler, prepare_out, read_manifest
 from tvm_lowrank.data import EXAMPLE, Splits, load_data, overlaps
-from tvm_lowrank.decompose import METHODS
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.graph import constants, find_sites
 from tvm_lowrank.importer import import_model
+from tvm_lowrank.methods import METHODS
 from tvm_lowrank.metric import load_metric
 from tvm_lowrank.plan import Plan
 from tvm_lowrank.reference import absolute
 from tvm_lowrank.report import REPORT
-from tvm_lowrank.search.deliver import Delivery, deliver, deliver_plan, dense_latency, reason
-from tvm_lowrank.search.device import Connection, Device, check_connection, open_device
-from tvm_lowrank.search.frontier import FRONTIER, clear, deliver_frontier
-from tvm_lowrank.search.journal import Journal, check_unused
-from tvm_lowrank.search.loop import Search, Settings
-from tvm_lowrank.search.networks import Training, dismiss, follow
-from tvm_lowrank.search.oracle import LatencyOracle
-from tvm_lowrank.search.times import SiteTimes
-from tvm_lowrank.search.within import deliver_within
-from tvm_lowrank.search.workers import Workers, joined
+from tvm_lowrank.searching.deliver import Delivery, deliver, deliver_plan, dense_latency, reason
+from tvm_lowrank.searching.device import Connection, Device, check_connection, open_device
+from tvm_lowrank.searching.frontier import FRONTIER, clear, deliver_frontier
+from tvm_lowrank.searching.journal import Journal, check_unused
+from tvm_lowrank.searching.loop import Search, Settings
+from tvm_lowrank.searching.networks import Training, dismiss, follow
+from tvm_lowrank.searching.oracle import LatencyOracle
+from tvm_lowrank.searching.times import SiteTimes
+from tvm_lowrank.searching.within import deliver_within
+from tvm_lowrank.searching.workers import Workers, joined
 from tvm_lowrank.synthetic import dead_leaves
 from tvm_lowrank.targets.profile import Profile, load_profile
 from tvm_lowrank.targets.toolchain import cache_folder

@@ -16,13 +16,13 @@ from tvm.ir import IRModule
 from tvm_lowrank import console
 from tvm_lowrank.bridge import TorchBridge
 from tvm_lowrank.calibrate import collect_fisher, collect_moments, predict
-from tvm_lowrank.decompose import METHODS, Chain, Factors, Moments, cut, factorise
 from tvm_lowrank.graph import Site, find_sites
+from tvm_lowrank.methods import METHODS, Chain, Factors, Moments, cut, factorise
 from tvm_lowrank.plan import Choice, Plan
-from tvm_lowrank.search.candidates import candidates, site_macs
-from tvm_lowrank.search.damage import DamageCurve, divergence, interpolated, probes
-from tvm_lowrank.search.journal import Journal
-from tvm_lowrank.search.refit import Target, dense_outputs
+from tvm_lowrank.searching.candidates import candidates, site_macs
+from tvm_lowrank.searching.damage import DamageCurve, divergence, interpolated, probes
+from tvm_lowrank.searching.journal import Journal
+from tvm_lowrank.searching.refit import Target, dense_outputs
 from tvm_lowrank.synthetic import shrunk
 from tvm_lowrank.transform import replace_sites
 

@@ -15,8 +15,8 @@ import numpy as np
 import xgboost
 
 from tvm_lowrank.schedule import largest_divisor
-from tvm_lowrank.search.convolution import Convolution
-from tvm_lowrank.search.tiles import register_tiles, tile_cost
+from tvm_lowrank.searching.convolution import Convolution
+from tvm_lowrank.searching.tiles import register_tiles, tile_cost
 
 MEMBERS = 8
 ROUNDS = 200

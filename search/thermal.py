@@ -11,7 +11,7 @@ from tvm import te
 
 from tvm_lowrank import console
 from tvm_lowrank.schedule import default_tiling, target_lanes, workload
-from tvm_lowrank.search.bench import Job
+from tvm_lowrank.searching.bench import Job
 
 REFERENCE_SIZE = 192  # of a matrix product: a millisecond on a slow core, and enough work for all of them
 REFERENCE_SECONDS = 0.1

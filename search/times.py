@@ -11,19 +11,19 @@ from tvm_lowrank import console
 from tvm_lowrank.graph import Site
 from tvm_lowrank.lower import Kernel, kernels, lower
 from tvm_lowrank.plan import Choice
-from tvm_lowrank.search.cache import Latency
-from tvm_lowrank.search.candidates import chain_specs, site_macs
-from tvm_lowrank.search.convolution import Convolution
-from tvm_lowrank.search.oracle import LatencyOracle
-from tvm_lowrank.search.surrogate import Surrogate
-from tvm_lowrank.search.whole import Measured, Traffic, WholeNetworks
+from tvm_lowrank.searching.cache import Latency
+from tvm_lowrank.searching.candidates import chain_specs, site_macs
+from tvm_lowrank.searching.convolution import Convolution
+from tvm_lowrank.searching.oracle import LatencyOracle
+from tvm_lowrank.searching.surrogate import Surrogate
+from tvm_lowrank.searching.whole import Measured, Traffic, WholeNetworks
 from tvm_lowrank.transform import replace_sites, shape_chains
 
 
 class SiteTimes:
     """Times of (site, choice), each the sum of its tuned kernels as they are in the lowered whole model.
 
-    To the sum is added what the kernels take beyond it in a network (`tvm_lowrank.search.whole`), so that the sites
+    To the sum is added what the kernels take beyond it in a network (`tvm_lowrank.searching.whole`), so that the sites
     and the other kernels together are the predicted latency of the whole network.
 
     A site's kernels (with the bias, activation and residual addition fused into the last) do not depend on what the

@@ -14,8 +14,8 @@ from torch.func import functional_call
 from tvm.ir import IRModule
 
 from tvm_lowrank.bridge import Tap, TorchBridge
-from tvm_lowrank.decompose.balance import balance
 from tvm_lowrank.graph import bindings, conv_spec, is_site
+from tvm_lowrank.methods.balance import balance
 
 
 class Learner:

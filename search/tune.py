@@ -19,14 +19,14 @@ from tvm_lowrank.files import write_text
 from tvm_lowrank.graph import Site, find_sites
 from tvm_lowrank.lower import kernels, lower
 from tvm_lowrank.plan import Choice
-from tvm_lowrank.search.cache import KernelCache, exported, how_to_tune, read_export
-from tvm_lowrank.search.candidates import candidates, site_macs
-from tvm_lowrank.search.device import check_connection
-from tvm_lowrank.search.oracle import LatencyOracle
-from tvm_lowrank.search.peaks import Peaks, measure_peaks
-from tvm_lowrank.search.run import Request, check_options, load_model, opened
-from tvm_lowrank.search.times import SiteTimes
-from tvm_lowrank.search.whole import operand_bytes
+from tvm_lowrank.searching.cache import KernelCache, exported, how_to_tune, read_export
+from tvm_lowrank.searching.candidates import candidates, site_macs
+from tvm_lowrank.searching.device import check_connection
+from tvm_lowrank.searching.oracle import LatencyOracle
+from tvm_lowrank.searching.peaks import Peaks, measure_peaks
+from tvm_lowrank.searching.run import Request, check_options, load_model, opened
+from tvm_lowrank.searching.times import SiteTimes
+from tvm_lowrank.searching.whole import operand_bytes
 from tvm_lowrank.targets.profile import Profile, load_profile
 
 SCHEMA = 1

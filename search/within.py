@@ -20,7 +20,7 @@ from tvm_lowrank.errors import TimeUp, UserError
 from tvm_lowrank.graph import Site
 from tvm_lowrank.metric import paired_drop
 from tvm_lowrank.plan import Choice, Plan
-from tvm_lowrank.search.deliver import (
+from tvm_lowrank.searching.deliver import (
     Delivery,
     Library,
     accuracy_entry,
@@ -32,8 +32,8 @@ from tvm_lowrank.search.deliver import (
     reason,
     write_bundle,
 )
-from tvm_lowrank.search.loop import Search, plan_of
-from tvm_lowrank.search.oracle import LatencyOracle
+from tvm_lowrank.searching.loop import Search, plan_of
+from tvm_lowrank.searching.oracle import LatencyOracle
 from tvm_lowrank.transform import replace_sites, shape_chains
 
 MOST_ATTEMPTS = 6  # plans that are measured whole; the last one is the fastest

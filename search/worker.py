@@ -1,8 +1,8 @@
-"""The child process that compiles and times: ``python -m tvm_lowrank.search.worker``.
+"""The child process that compiles and times: ``python -m tvm_lowrank.searching.worker``.
 
 It reads pickled requests from standard input and answers on standard output, so that a schedule that crashes or
-hangs takes only this process with it. `tvm_lowrank.search.bench` is the other end. TVM_NUM_THREADS is read once, when
-TVM first runs something in parallel, so it is set in the environment of this process and nowhere else.
+hangs takes only this process with it. `tvm_lowrank.searching.bench` is the other end. TVM_NUM_THREADS is read once,
+when TVM first runs something in parallel, so it is set in the environment of this process and nowhere else.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from support.samples import module
 from tvm_lowrank.bridge import TorchBridge
 from tvm_lowrank.calibrate import collect_moments, predict, sample_columns, sample_positions
-from tvm_lowrank.decompose import ConvSpec
 from tvm_lowrank.graph import find_sites
+from tvm_lowrank.methods import ConvSpec
 
 SPEC = ConvSpec(4, 6, (3, 2), strides=(2, 1), padding=(1, 0, 2, 1), dilation=(1, 2), groups=2)
 

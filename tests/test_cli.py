@@ -13,7 +13,7 @@ import pytest
 
 from support.command import Run
 from tvm_lowrank import example
-from tvm_lowrank.search.oracle import LatencyOracle
+from tvm_lowrank.searching.oracle import LatencyOracle
 from tvm_lowrank.targets.profile import load_profile
 
 MODEL = """

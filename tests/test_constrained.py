@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from tvm import relax
 
 import tvm_lowrank
-from tvm_lowrank.decompose import METHODS, ConvSpec, Rank, compose
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.graph import bindings, find_sites
 from tvm_lowrank.importer import import_model
+from tvm_lowrank.methods import METHODS, ConvSpec, Rank, compose
 from tvm_lowrank.nodes import op_name
 from tvm_lowrank.plan import Choice, Plan
 

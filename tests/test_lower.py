@@ -10,7 +10,7 @@ from torch import nn
 from support.lowering_networks import canonical, expected, network, run, sample
 from tvm_lowrank.lower import build, kernels, lower
 from tvm_lowrank.schedule import Tiling, default_tiling, workload
-from tvm_lowrank.search.tiles import register_tiles, variants
+from tvm_lowrank.searching.tiles import register_tiles, variants
 from tvm_lowrank.targets.profile import load_profile
 from tvm_lowrank.vectors import computed_channels
 

@@ -23,9 +23,9 @@ from tvm_lowrank.calibrate import predict
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.importer import import_model
 from tvm_lowrank.package import package
-from tvm_lowrank.search.apply import apply_plan
-from tvm_lowrank.search.device import Connection
-from tvm_lowrank.search.run import Request
+from tvm_lowrank.searching.apply import apply_plan
+from tvm_lowrank.searching.device import Connection
+from tvm_lowrank.searching.run import Request
 from tvm_lowrank.targets.toolchain import cross_compiler, host_arch, triple_of
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"

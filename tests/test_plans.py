@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tvm_lowrank.decompose import METHODS, ConvSpec, chain_macs
+from tvm_lowrank.methods import METHODS, ConvSpec, chain_macs
 from tvm_lowrank.plan import Plan
 
 PLANS = Path(__file__).parents[1] / "plans"

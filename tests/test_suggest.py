@@ -10,10 +10,10 @@ from typer.testing import CliRunner
 
 from tvm_lowrank import example
 from tvm_lowrank.cli import app
-from tvm_lowrank.decompose import ConvSpec, compose
-from tvm_lowrank.decompose.tucker2 import chain_specs
 from tvm_lowrank.graph import Site, find_sites
 from tvm_lowrank.importer import import_model
+from tvm_lowrank.methods import ConvSpec, compose
+from tvm_lowrank.methods.tucker2 import chain_specs
 from tvm_lowrank.plan import Choice, Plan
 from tvm_lowrank.suggest import suggest_plan
 

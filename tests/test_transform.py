@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from tvm import relax
 
 from support.samples import LAYOUTS, module
-from tvm_lowrank.decompose import METHODS, ConvSpec, Method, Moments, Rank, compose
 from tvm_lowrank.graph import find_sites
+from tvm_lowrank.methods import METHODS, ConvSpec, Method, Moments, Rank, compose
 from tvm_lowrank.plan import Choice, Plan
 from tvm_lowrank.transform import DecomposeConv2D
 

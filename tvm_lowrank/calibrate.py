@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tvm_lowrank.bridge import TorchBridge
-from tvm_lowrank.decompose import ConvSpec, Moments, Pair
 from tvm_lowrank.graph import Site
+from tvm_lowrank.methods import ConvSpec, Moments, Pair
 
 POSITIONS = 32  # output positions an image and site; 300 columns are already near convergence
 

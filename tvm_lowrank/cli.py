@@ -122,7 +122,7 @@ def search(
     """
     from tvm_lowrank.importer import parse_input_shape
     from tvm_lowrank.metric import parse_budget
-    from tvm_lowrank.search import run
+    from tvm_lowrank.searching import run
     from tvm_lowrank.verify import print_frontier, print_manifest
 
     if budget is not None and max_latency is not None:
@@ -192,8 +192,8 @@ def decompose(
     images stand in, and only the latency is measured.
     """
     from tvm_lowrank.importer import parse_input_shape
-    from tvm_lowrank.search.apply import apply_plan
-    from tvm_lowrank.search.run import Connection, Request
+    from tvm_lowrank.searching.apply import apply_plan
+    from tvm_lowrank.searching.run import Connection, Request
     from tvm_lowrank.verify import print_manifest
 
     request = Request(
@@ -231,8 +231,8 @@ def inspect(
 ) -> None:
     """List a model's sites: id, shape, MACs, and share of the time of the tuned dense network."""
     from tvm_lowrank.importer import parse_input_shape
-    from tvm_lowrank.search.inspect import print_sites
-    from tvm_lowrank.search.run import Connection, Request
+    from tvm_lowrank.searching.inspect import print_sites
+    from tvm_lowrank.searching.run import Connection, Request
 
     print_sites(
         Request(
@@ -261,7 +261,7 @@ def suggest(
     """
     from tvm_lowrank.graph import find_sites
     from tvm_lowrank.importer import parse_input_shape
-    from tvm_lowrank.search.run import Request, load_model
+    from tvm_lowrank.searching.run import Request, load_model
     from tvm_lowrank.suggest import write_suggestion
 
     if not 0 <= weakening <= 1:
@@ -294,9 +294,9 @@ def profile(
     Interrupted? Run the same command again: what was measured is kept.
     """
     from tvm_lowrank.importer import parse_input_shape
-    from tvm_lowrank.search import tune
-    from tvm_lowrank.search.device import Connection
-    from tvm_lowrank.search.run import Request
+    from tvm_lowrank.searching import tune
+    from tvm_lowrank.searching.device import Connection
+    from tvm_lowrank.searching.run import Request
 
     request = Request(
         out=Path(),
@@ -325,7 +325,7 @@ def tune(
     ] = None,
 ) -> None:
     """Say what the database of a target's measured kernels holds, and carry it from one machine to another."""
-    from tvm_lowrank.search import tune
+    from tvm_lowrank.searching import tune
     from tvm_lowrank.targets.toolchain import cache_folder
 
     tune.tune(
@@ -350,8 +350,8 @@ def bench(
     cache: Cache = None,
 ) -> None:
     """Measure the latency of a bundle's two libraries again, interleaved in one run, on the device it is for."""
-    from tvm_lowrank.search.deliver import measure_again
-    from tvm_lowrank.search.device import Connection, device_of
+    from tvm_lowrank.searching.deliver import measure_again
+    from tvm_lowrank.searching.device import Connection, device_of
     from tvm_lowrank.targets.toolchain import cache_folder
     from tvm_lowrank.verify import print_latency
 
@@ -380,7 +380,7 @@ def verify(
 
     Exits with 1 when it is not the manifest's; on other or fewer images, when the drop is over the budget.
     """
-    from tvm_lowrank.search.device import Connection, device_of
+    from tvm_lowrank.searching.device import Connection, device_of
     from tvm_lowrank.targets.toolchain import cache_folder
     from tvm_lowrank.verify import print_verification
     from tvm_lowrank.verify import verify as repeat
@@ -441,7 +441,7 @@ def compare(
 
 
 def _methods(text: str | None) -> Sequence[str]:
-    from tvm_lowrank.search.run import DEFAULT_METHODS
+    from tvm_lowrank.searching.run import DEFAULT_METHODS
 
     return DEFAULT_METHODS if text is None else [name.strip() for name in text.split(",")]
 

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from tvm_lowrank.decompose import METHODS, ConvSpec, decompose
-from tvm_lowrank.decompose.balance import balance
 from tvm_lowrank.errors import UserError
+from tvm_lowrank.methods import METHODS, ConvSpec, decompose
+from tvm_lowrank.methods.balance import balance
 from tvm_lowrank.plan import DENSE, Choice, Plan
 
 Layer: TypeAlias = nn.Conv2d | nn.Linear

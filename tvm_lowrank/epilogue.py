@@ -18,8 +18,8 @@ from torch import Tensor
 from tvm import relax, tirx
 from tvm.ir import Call, GenericConst
 
-from tvm_lowrank.decompose.chain import Pair
 from tvm_lowrank.graph import ADD, bias_adds, bindings
+from tvm_lowrank.methods.chain import Pair
 from tvm_lowrank.torch_nn import OPERATORS
 from tvm_lowrank.torch_ops import ints
 

@@ -13,7 +13,7 @@ import numpy as np
 from tvm import relax
 from tvm.ir import Call, GenericConst, IRModule, Op
 
-from tvm_lowrank.decompose.chain import ConvSpec, Pair
+from tvm_lowrank.methods.chain import ConvSpec, Pair
 
 CONV2D = Op.get("relax.nn.conv2d")
 ADD = Op.get("relax.add")

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tvm_lowrank.decompose.chain import Rank
 from tvm_lowrank.errors import UserError
+from tvm_lowrank.methods.chain import Rank
 
 SCHEMA = 1
 DENSE = "dense"

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tvm_lowrank import console
-from tvm_lowrank.decompose import METHODS, chain_macs, grouped
-from tvm_lowrank.decompose.evbmf import evbmf_rank, suggest_ranks
 from tvm_lowrank.files import write_text
 from tvm_lowrank.graph import Site
+from tvm_lowrank.methods import METHODS, chain_macs, grouped
+from tvm_lowrank.methods.evbmf import evbmf_rank, suggest_ranks
 from tvm_lowrank.plan import Choice, Plan
 
 

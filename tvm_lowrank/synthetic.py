@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tvm_lowrank.decompose import Moments
+from tvm_lowrank.methods import Moments
 
 DISCS = 60
 GREY = 0.9  # of a disc's colour (as a standard deviation), what all channels have in common

@@ -10,8 +10,8 @@ from tvm import relax
 from tvm.ir import IRModule
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
-from tvm_lowrank.decompose import METHODS, Chain, Conv, Moments, decompose
 from tvm_lowrank.graph import bias_adds, bindings, conv_spec, find_sites, is_site
+from tvm_lowrank.methods import METHODS, Chain, Conv, Moments, decompose
 from tvm_lowrank.plan import DENSE, Choice, Plan
 
 

@@ -54,7 +54,7 @@ def verify(
     ----------
     data : None repeats it on the data that the manifest names, with its mean and standard deviation.
     open_model : makes a function of any number of images of a library and its input shape (N, C, H, W); for a device
-        that is not this machine, see `tvm_lowrank.search.device`.
+        that is not this machine, see `tvm_lowrank.searching.device`.
     chunk : images that such a function is given at once.
     limit : look at so many images only.
 

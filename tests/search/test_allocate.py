@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tvm_lowrank.plan import Choice
-from tvm_lowrank.search.allocate import Option, allocate, efficient
+from tvm_lowrank.searching.allocate import Option, allocate, efficient
 
 amount = st.floats(0.001, 10)
 tables = st.lists(st.lists(st.tuples(amount, amount), min_size=1, max_size=5), min_size=1, max_size=4)

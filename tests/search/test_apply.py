@@ -12,14 +12,14 @@ import tvm_lowrank
 from tvm_lowrank import example
 from tvm_lowrank.bridge import TorchBridge
 from tvm_lowrank.calibrate import predict
-from tvm_lowrank.decompose import decompose
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.graph import find_sites
 from tvm_lowrank.importer import import_model
+from tvm_lowrank.methods import decompose
 from tvm_lowrank.plan import Plan
-from tvm_lowrank.search.apply import apply_plan
-from tvm_lowrank.search.damage import divergence
-from tvm_lowrank.search.run import Request
+from tvm_lowrank.searching.apply import apply_plan
+from tvm_lowrank.searching.damage import divergence
+from tvm_lowrank.searching.run import Request
 from tvm_lowrank.transform import replace_sites
 
 SITES = {

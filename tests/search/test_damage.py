@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tvm_lowrank.plan import Choice
-from tvm_lowrank.search.damage import PROBED_SHARES, SOLVED, DamageCurve, divergence, interpolated, probes
+from tvm_lowrank.searching.damage import PROBED_SHARES, SOLVED, DamageCurve, divergence, interpolated, probes
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

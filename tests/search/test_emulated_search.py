@@ -18,9 +18,9 @@ from torch import nn
 
 import tvm_lowrank
 from support import models
-from tvm_lowrank.search.apply import apply_plan
-from tvm_lowrank.search.device import Connection, open_device
-from tvm_lowrank.search.run import Request
+from tvm_lowrank.searching.apply import apply_plan
+from tvm_lowrank.searching.device import Connection, open_device
+from tvm_lowrank.searching.run import Request
 from tvm_lowrank.targets.emulate import Boards, emulated
 from tvm_lowrank.targets.profile import load_profile
 

@@ -21,7 +21,7 @@ from tvm_lowrank.calibrate import predict
 from tvm_lowrank.errors import TimeUp, UserError
 from tvm_lowrank.importer import import_model
 from tvm_lowrank.plan import Choice, Plan
-from tvm_lowrank.search.finetune import Result, Settings, finetune
+from tvm_lowrank.searching.finetune import Result, Settings, finetune
 from tvm_lowrank.transform import DecomposeConv2D
 
 PLAN = Plan({"0": Choice("cp3", 8), "2": Choice("spatial", 4)})
@@ -285,8 +285,8 @@ from pathlib import Path
 import numpy as np
 sys.path.insert(0, sys.argv[1])
 import test_finetune as t
-from tvm_lowrank.search.finetune import finetune
-from tvm_lowrank.search.workers import joined
+from tvm_lowrank.searching.finetune import finetune
+from tvm_lowrank.searching.workers import joined
 
 bridge, judge, rank = t.TorchBridge(t.SMALL), t.Judge(), os.environ["RANK"]
 rest = {"teacher": t.TorchBridge(t.DENSE), "judge": judge, "folder": Path("shared")}

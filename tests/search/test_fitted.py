@@ -12,12 +12,12 @@ from tvm.ir import IRModule
 
 from tvm_lowrank.bridge import TorchBridge
 from tvm_lowrank.calibrate import predict
-from tvm_lowrank.decompose import decompose
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.graph import find_sites
 from tvm_lowrank.importer import import_model
+from tvm_lowrank.methods import decompose
 from tvm_lowrank.plan import Choice, Plan
-from tvm_lowrank.search.fitted import FittedNetworks
+from tvm_lowrank.searching.fitted import FittedNetworks
 from tvm_lowrank.transform import replace_sites
 
 X = np.random.default_rng(0).standard_normal((3, 4, 8, 8)).astype("float32")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tvm_lowrank.errors import UserError
-from tvm_lowrank.search.journal import Journal
+from tvm_lowrank.searching.journal import Journal
 
 HEADER = {"model": "abc", "seed": 0}
 

@@ -26,9 +26,9 @@ from support.labelled_network import NETWORK
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.importer import import_model
 from tvm_lowrank.plan import Plan
-from tvm_lowrank.search.cache import Entry, KernelCache, Latency
-from tvm_lowrank.search.fitted import FittedNetworks
-from tvm_lowrank.search.journal import Journal
+from tvm_lowrank.searching.cache import Entry, KernelCache, Latency
+from tvm_lowrank.searching.fitted import FittedNetworks
+from tvm_lowrank.searching.journal import Journal
 from tvm_lowrank.targets.profile import load_profile
 
 KILLS = 20

@@ -12,13 +12,13 @@ from support.epilogues import ACTIVATIONS, Block, imported
 from tvm_lowrank import example
 from tvm_lowrank.bridge import TorchBridge
 from tvm_lowrank.calibrate import collect_moments, predict
-from tvm_lowrank.decompose import METHODS, compose, decompose
 from tvm_lowrank.epilogue import epilogue
 from tvm_lowrank.graph import find_sites
 from tvm_lowrank.importer import import_model
+from tvm_lowrank.methods import METHODS, compose, decompose
 from tvm_lowrank.plan import Choice, Plan
-from tvm_lowrank.search.nonlinear import Response, chain_outputs
-from tvm_lowrank.search.refit import dense_outputs, refit, site_columns
+from tvm_lowrank.searching.nonlinear import Response, chain_outputs
+from tvm_lowrank.searching.refit import dense_outputs, refit, site_columns
 from tvm_lowrank.transform import replace_sites
 
 

@@ -12,10 +12,10 @@ from support.lowering_networks import canonical, expected, network, run, sample
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.lower import build, kernels, lower
 from tvm_lowrank.schedule import Tiling, workload
-from tvm_lowrank.search import local
-from tvm_lowrank.search.bench import Job, TrialError
-from tvm_lowrank.search.local import LocalBench, measure_interleaved
-from tvm_lowrank.search.oracle import LatencyOracle, TuningError
+from tvm_lowrank.searching import local
+from tvm_lowrank.searching.bench import Job, TrialError
+from tvm_lowrank.searching.local import LocalBench, measure_interleaved
+from tvm_lowrank.searching.oracle import LatencyOracle, TuningError
 from tvm_lowrank.targets.profile import load_profile
 
 PROFILE = load_profile("x86")
@@ -235,8 +235,8 @@ def test_tensor_intrinsics_are_not_imported(tmp_path, lowered):
     space = workload(conv.func)
     script = (
         "import sys, tvm\n"
-        "from tvm_lowrank.search.oracle import LatencyOracle\n"
-        "from tvm_lowrank.search.worker import Session\n"
+        "from tvm_lowrank.searching.oracle import LatencyOracle\n"
+        "from tvm_lowrank.searching.worker import Session\n"
         "source, target = sys.stdin.read().split('\\0')\n"
         f"tiling = dict(tile=(1, 1, 1, {space.spatial[-1]}), vector=16, channels_first=True, stripe=0)\n"
         "Session().build(0, source, tiling, target, 1)\n"

@@ -18,8 +18,8 @@ from tvm_lowrank.bundle import REQUIRED
 from tvm_lowrank.cli import milliseconds
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.reference import load_object
-from tvm_lowrank.search import deliver, frontier, reconstruct, within
-from tvm_lowrank.search.frontier import pareto, thinned
+from tvm_lowrank.searching import deliver, frontier, reconstruct, within
+from tvm_lowrank.searching.frontier import pareto, thinned
 
 MODEL = """
 import torch

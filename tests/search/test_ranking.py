@@ -1,8 +1,8 @@
 import numpy as np
 
 from tvm_lowrank.schedule import Tiling, Workload
-from tvm_lowrank.search.ranking import ALIKE, LEAST, Ranking
-from tvm_lowrank.search.tiles import first_candidates, register_tiles
+from tvm_lowrank.searching.ranking import ALIKE, LEAST, Ranking
+from tvm_lowrank.searching.tiles import first_candidates, register_tiles
 
 LANES, REGISTERS = 16, 32
 

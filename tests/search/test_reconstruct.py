@@ -13,11 +13,11 @@ from tvm_lowrank.calibrate import predict
 from tvm_lowrank.graph import find_sites
 from tvm_lowrank.importer import import_model
 from tvm_lowrank.plan import Choice, Plan
-from tvm_lowrank.search import reconstruct as module
-from tvm_lowrank.search.damage import divergence
-from tvm_lowrank.search.reconstruct import passes_for, reconstruct, reconstruct_if_better, varied
-from tvm_lowrank.search.refit import dense_outputs, refit
-from tvm_lowrank.search.training import Learner
+from tvm_lowrank.searching import reconstruct as module
+from tvm_lowrank.searching.damage import divergence
+from tvm_lowrank.searching.reconstruct import passes_for, reconstruct, reconstruct_if_better, varied
+from tvm_lowrank.searching.refit import dense_outputs, refit
+from tvm_lowrank.searching.training import Learner
 from tvm_lowrank.transform import replace_sites
 
 PLAN = Plan({"conv4": Choice("channel", 16), "conv5": Choice("spatial", 16), "conv6": Choice("tucker2", (32, 32))})

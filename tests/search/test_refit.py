@@ -10,13 +10,13 @@ from tvm.ir import IRModule
 
 from tvm_lowrank.bridge import TorchBridge
 from tvm_lowrank.calibrate import collect_moments, predict
-from tvm_lowrank.decompose import METHODS, decompose
 from tvm_lowrank.graph import find_sites
 from tvm_lowrank.importer import import_model
+from tvm_lowrank.methods import METHODS, decompose
 from tvm_lowrank.plan import Choice
-from tvm_lowrank.search.candidates import skipped
-from tvm_lowrank.search.nonlinear import chain_outputs
-from tvm_lowrank.search.refit import dense_outputs, refit, site_columns
+from tvm_lowrank.searching.candidates import skipped
+from tvm_lowrank.searching.nonlinear import chain_outputs
+from tvm_lowrank.searching.refit import dense_outputs, refit, site_columns
 from tvm_lowrank.transform import replace_sites
 
 
@@ -87,7 +87,7 @@ def test_linear_layers_however_wide(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = {sites[1].id: Choice("svd", 8)}
     targets = dense_outputs(TorchBridge(mod), sites, known)
     fitted = error(mod, replace_sites(mod, refit(mod, sites, plan, known, targets)), others)
-    monkeypatch.setattr("tvm_lowrank.search.candidates.WIDEST", 100)
+    monkeypatch.setattr("tvm_lowrank.searching.candidates.WIDEST", 100)
     assert skipped(sites[1])
     chains = refit(mod, sites, plan, known, targets)
     by_weights = error(mod, replace_sites(mod, chains), others)

@@ -22,12 +22,12 @@ from support.lowering_networks import canonical, network, run, sample
 from tvm_lowrank.errors import MeasurementError, UserError
 from tvm_lowrank.lower import build, kernels, lower
 from tvm_lowrank.schedule import Tiling
-from tvm_lowrank.search import remote as remote_module
-from tvm_lowrank.search.bench import Job, TrialError
-from tvm_lowrank.search.fleet import Fleet
-from tvm_lowrank.search.oracle import LatencyOracle, TuningError
-from tvm_lowrank.search.remote import Board, Remote, free_boards
-from tvm_lowrank.search.thermal import settle
+from tvm_lowrank.searching import remote as remote_module
+from tvm_lowrank.searching.bench import Job, TrialError
+from tvm_lowrank.searching.fleet import Fleet
+from tvm_lowrank.searching.oracle import LatencyOracle, TuningError
+from tvm_lowrank.searching.remote import Board, Remote, free_boards
+from tvm_lowrank.searching.thermal import settle
 from tvm_lowrank.targets.emulate import emulated
 from tvm_lowrank.targets.profile import load_profile
 from tvm_lowrank.targets.toolchain import host_arch
@@ -220,7 +220,7 @@ def test_no_board_is_an_error_after_the_patience(tracker, tmp_path, lowered):
 
 
 def test_board_that_starts_late_is_waited_for(tracker, job, capsys, monkeypatch):
-    monkeypatch.setattr("tvm_lowrank.search.fleet.QUIET", 0.0)
+    monkeypatch.setattr("tvm_lowrank.searching.fleet.QUIET", 0.0)
     with boards(tracker, 1, wait=False) as (key, _), fleet(tracker, key, patience=60) as made:
         assert [min(samples) > 0 for samples in made.each([job], time_once)] == [True]
     message = capsys.readouterr().err

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from tvm_lowrank.decompose import ConvSpec
-from tvm_lowrank.search.convolution import Convolution
-from tvm_lowrank.search.surrogate import LEAST, NAMES, Surrogate, features
+from tvm_lowrank.methods import ConvSpec
+from tvm_lowrank.searching.convolution import Convolution
+from tvm_lowrank.searching.surrogate import LEAST, NAMES, Surrogate, features
 
 LANES, REGISTERS = 16, 32
 

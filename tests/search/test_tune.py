@@ -19,22 +19,22 @@ import pytest
 import tvm
 
 from support.command import Done, Run
-from tvm_lowrank.decompose import ConvSpec
 from tvm_lowrank.errors import MeasurementError, UserError
 from tvm_lowrank.graph import Site, find_sites
 from tvm_lowrank.importer import import_model
 from tvm_lowrank.lower import LOWERING_VERSION
+from tvm_lowrank.methods import ConvSpec
 from tvm_lowrank.plan import Choice
 from tvm_lowrank.schedule import Tiling
-from tvm_lowrank.search import tune
-from tvm_lowrank.search.bench import TrialError
-from tvm_lowrank.search.cache import Entry, KernelCache, Latency, exported
-from tvm_lowrank.search.candidates import candidates, site_macs
-from tvm_lowrank.search.convolution import Convolution
-from tvm_lowrank.search.oracle import LatencyOracle
-from tvm_lowrank.search.peaks import Peaks, measure_peaks
-from tvm_lowrank.search.run import DEFAULT_METHODS, Request
-from tvm_lowrank.search.times import SiteTimes
+from tvm_lowrank.searching import tune
+from tvm_lowrank.searching.bench import TrialError
+from tvm_lowrank.searching.cache import Entry, KernelCache, Latency, exported
+from tvm_lowrank.searching.candidates import candidates, site_macs
+from tvm_lowrank.searching.convolution import Convolution
+from tvm_lowrank.searching.oracle import LatencyOracle
+from tvm_lowrank.searching.peaks import Peaks, measure_peaks
+from tvm_lowrank.searching.run import DEFAULT_METHODS, Request
+from tvm_lowrank.searching.times import SiteTimes
 from tvm_lowrank.targets.profile import load_profile
 
 PROFILE = load_profile("x86")

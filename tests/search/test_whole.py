@@ -7,7 +7,7 @@ from torch import nn
 from support.lowering_networks import canonical, network
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.lower import kernels, lower
-from tvm_lowrank.search.whole import CACHED, Measured, Traffic, WholeNetworks, fit
+from tvm_lowrank.searching.whole import CACHED, Measured, Traffic, WholeNetworks, fit
 from tvm_lowrank.targets.profile import load_profile
 
 TARGET = load_profile("x86").tvm_target()

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from support.samples import columns, moments_of
-from tvm_lowrank.decompose import ConvSpec, Factors, Moments, Rank, compose
-from tvm_lowrank.decompose.moments import grouped, output_power
-from tvm_lowrank.decompose.refit import refit_last
+from tvm_lowrank.methods import ConvSpec, Factors, Moments, Rank, compose
+from tvm_lowrank.methods.moments import grouped, output_power
+from tvm_lowrank.methods.refit import refit_last
 
 
 class Recipe(NamedTuple):

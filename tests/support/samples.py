@@ -6,7 +6,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from tvm_lowrank.decompose import ConvSpec, Moments
+from tvm_lowrank.methods import ConvSpec, Moments
 
 LAYOUTS = {"NCHW": ("NCHW", "OIHW"), "NHWC": ("NHWC", "HWIO")}
 

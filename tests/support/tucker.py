@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from tvm_lowrank import example
-from tvm_lowrank.decompose import ConvSpec, compose
-from tvm_lowrank.decompose.moments import grouped
+from tvm_lowrank.methods import ConvSpec, compose
+from tvm_lowrank.methods.moments import grouped
 
 
 def convolve(x: torch.Tensor, spec: ConvSpec, weight: np.ndarray) -> torch.Tensor:
