@@ -30,11 +30,12 @@ from tvm_lowrank.targets.profile import load_profile
 from tvm_lowrank.transform import replace_sites
 
 
-def apply_plan(request: Request, plan_path: Path) -> dict[str, Any]:
+def apply_plan(request: Request, given: Mapping[str, Choice] | Path | str) -> dict[str, Any]:
     """Build the bundle of an explicit plan; returns its manifest.
 
     With data the chains are fitted to the calibration images and the accuracy of the libraries is measured; without,
-    they are decomposed in the norm of synthetic images, and the manifest's ``accuracy`` and ``data`` are null.
+    they are decomposed in the norm of synthetic images, and the manifest's ``accuracy`` and ``data`` are null. An
+    empty plan builds the dense network.
 
     Raises
     ------
@@ -45,11 +46,11 @@ def apply_plan(request: Request, plan_path: Path) -> dict[str, Any]:
     find_compiler()
     profile = load_profile(request.target)
     check_connection(profile, request.connection)
-    plan = Plan.read(plan_path)
+    plan = Plan.of(given)
     prepare_out(request.out, force=request.force)
     mod = load_model(request)
     sites = find_sites(mod)
-    check_plan(plan, sites, plan_path)
+    check_plan(plan, sites, str(given) if isinstance(given, str | Path) else "plan")
     splits = None if request.data is None and request.model is not None else load_data_of(request, mod)
     metric = load_metric(request.metric)
     for message in overlaps(splits) if splits is not None else []:
@@ -73,26 +74,28 @@ def apply_plan(request: Request, plan_path: Path) -> dict[str, Any]:
         )
 
 
-def check_plan(plan: Mapping[str, Choice], sites: list[Site], path: Path) -> None:
+def check_plan(plan: Mapping[str, Choice], sites: list[Site], name: str) -> None:
     """Raise UserError, naming the entry, unless every choice of a plan is possible."""
     known = {site.id: site for site in sites}
-    for name, choice in plan.items():
-        if name not in known:
-            raise UserError(f"{path}: the model has no site {name!r}; it has {', '.join(known)}")
+    for id, choice in plan.items():
+        if id not in known:
+            raise UserError(f"{name}: the model has no site {id!r}; it has {', '.join(known)}")
         if choice.rank is None:
             continue
         if choice.method not in METHODS:
-            raise UserError(f"{path}: unknown method {choice.method!r} of {name}; known are {', '.join(METHODS)}")
+            raise UserError(f"{name}: unknown method {choice.method!r} of {id}; known are {', '.join(METHODS)}")
         try:
-            METHODS[choice.method].check(known[name].spec, choice.rank)
-            METHODS[choice.method].chain_specs(known[name].spec, choice.rank)
+            METHODS[choice.method].check(known[id].spec, choice.rank)
+            METHODS[choice.method].chain_specs(known[id].spec, choice.rank)
         except ValueError as error:
-            raise UserError(f"{path}: site {name!r}: {error}; change the plan") from error
+            raise UserError(f"{name}: site {id!r}: {error}; change the plan") from error
 
 
 def _network(mod: IRModule, sites: list[Site], plan: Plan, splits: Splits | None, *, seed: int) -> IRModule:
     """What a dense module becomes under a plan."""
     chosen = [site for site in sites if plan.get(site.id, Choice()).rank is not None]
+    if not chosen:
+        return mod
     bridge = TorchBridge(mod)
     if splits is None:
         console.phase("no --data: synthetic images give the norm; the accuracy is not measured")
@@ -117,6 +120,4 @@ def _network(mod: IRModule, sites: list[Site], plan: Plan, splits: Splits | None
     fisher = collect_fisher(bridge, chosen, images, seed=seed)
     with console.progress("decomposing and refitting", len(sites)) as advance:
         chains = refit(mod, sites, plan, images, targets, fisher=fisher, seed=seed, advance=advance)
-    if not chains:
-        return mod
     return reconstruct_if_better(mod, replace_sites(mod, chains), images, splits.selection[0], seed=seed)

@@ -85,11 +85,16 @@ def deliver_plan(
         times.measure_others()
     with console.timed(seconds, "building, verifying and measuring"):
         dense = build_library(mod, oracle, delivery, "dense.so")
-        compressed = build_library(network, oracle, delivery, "model.so")
+        if network is mod:
+            shutil.copyfile(out / "dense.so", out / "model.so")
+        else:
+            compressed = build_library(network, oracle, delivery, "model.so")
         measured = None
         if splits is not None:
-            before = judged(dense, splits, metric, delivery.device, description="accuracy, dense library")
-            after = judged(compressed, splits, metric, delivery.device, description="accuracy, compressed library")
+            judge = partial(judged, splits=splits, metric=metric, device=delivery.device)
+            before = after = judge(dense, description="accuracy, dense library")
+            if network is not mod:
+                after = judge(compressed, description="accuracy, compressed library")
             measured = accuracy_entry(metric, before, after, delivery.device, looks=1)
         latency, speedup = compare(times, plan, delivery)
     described = describe(plan, sites, times, delivery, splits, reason=reason)

@@ -39,7 +39,7 @@ def print_sites(request: Request) -> None:
     ]
     rows.append(("(other)", "", "", "", "", "", f"{others:.4f}", f"{100 * others / total:.1f} %", ""))
     console.table(
-        f"{request.model or 'bundled example'} on {profile.name}, {request.threads} thread(s), batch {request.batch}: "
+        f"{request.model_name} on {profile.name}, {request.threads} thread(s), batch {request.batch}: "
         f"{macs / 1e6:.1f} M MACs, {device.how}",
         ("site", "channels", "kernel", "input", "MACs", "of all", "ms", "of all", "GFLOPS"),
         rows,

@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import numpy as np
 import tvm
+from torch import nn
 from tvm.ir import IRModule
 
 from tvm_lowrank import console, example
@@ -27,7 +28,6 @@ from tvm_lowrank.importer import import_model
 from tvm_lowrank.methods import METHODS
 from tvm_lowrank.metric import load_metric
 from tvm_lowrank.plan import Plan
-from tvm_lowrank.reference import absolute
 from tvm_lowrank.report import REPORT
 from tvm_lowrank.searching.deliver import Delivery, deliver, deliver_plan, dense_latency, reason
 from tvm_lowrank.searching.device import Connection, Device, check_connection, open_device
@@ -42,7 +42,7 @@ from tvm_lowrank.searching.workers import Workers, joined
 from tvm_lowrank.synthetic import dead_leaves
 from tvm_lowrank.targets.profile import Profile, load_profile
 from tvm_lowrank.targets.toolchain import cache_folder
-from tvm_lowrank.training_data import load_training
+from tvm_lowrank.training_data import load_training, name_of
 
 JOURNAL = "journal.jsonl"
 FITTED = "fitted"  # folder of the networks that the search tried; goes away when it ends
@@ -54,19 +54,12 @@ FINAL_SHARE = 0.15  # of a time limit, kept for building, evaluating and measuri
 
 @dataclass(frozen=True)
 class Request:
-    """Everything that `tvm_lowrank search` can be asked; the defaults are those of the command line.
-
-    ``model`` None is the bundled example, and so is ``data`` None; ``budget`` is in points of the metric,
-    ``time_limit`` in seconds, ``input_shape`` (N, C, H, W). ``finetune`` names training data
-    (`tvm_lowrank.training_data`), with which every plan that comes into question is trained for ``epochs``; with
-    ``stages`` above 1 part after part of it is decomposed, and the network trained after each. ``max_latency`` in ms
-    takes the place of the budget; ``frontier`` asks for bundles at many budgets.
-    """
+    """Everything that a search can be asked; `tvm_lowrank.search` says what the fields mean, and has the defaults."""
 
     out: Path
     budget: float = 1.0
-    model: str | None = None
-    data: str | None = None
+    model: str | Path | nn.Module | None = None
+    data: str | Path | Mapping[str, Any] | None = None
     input_shape: tuple[int, ...] | None = None
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
@@ -81,13 +74,20 @@ class Request:
     confident: bool = False
     max_latency: float | None = None
     frontier: bool = False
-    finetune: str | None = None
+    finetune: str | Callable[[int], Iterable[Any]] | Iterable[Any] | None = None
     epochs: int = 5
     stages: int = 1
     time_limit: float | None = None
     cache: Path | None = None
     force: bool = False
     resume: bool = False
+
+    @property
+    def model_name(self) -> str:
+        """What reports call the model."""
+        if self.model is None:
+            return EXAMPLE
+        return type(self.model).__name__ if isinstance(self.model, nn.Module) else str(self.model)
 
 
 def search(request: Request) -> dict[str, Any]:
@@ -233,7 +233,7 @@ def delivery_of(request: Request, mod: IRModule, device: Device, splits: Splits 
     profile = device.profile
     return Delivery(
         out=request.out,
-        model=request.model or EXAMPLE,
+        model=request.model_name,
         input_shape=(request.batch, *_image_shape(mod)),
         target={"name": profile.name, **profile.target, "num-cores": request.threads},
         data=None if splits is None else {"source": splits.name, "mean": request.mean, "std": request.std},
@@ -275,7 +275,7 @@ def load_training_of(request: Request, mod: IRModule, workers: Workers) -> Train
     if request.data is None:
         mean = std = None  # the example's training data comes normalised
     batches = load_training(request.finetune, input_shape=shape, mean=mean, std=std, classes=_classes(mod))
-    name = f"{absolute(request.finetune)}, {request.epochs} epochs" + (
+    name = f"{name_of(request.finetune)}, {request.epochs} epochs" + (
         f", {request.stages} stages" if request.stages > 1 else ""
     )
     return Training(batches, name, request.epochs, request.stages, workers, request.seed)

@@ -13,7 +13,6 @@ from typing import Any
 from tvm.ir import IRModule
 
 from tvm_lowrank import console
-from tvm_lowrank.data import EXAMPLE
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.files import write_text
 from tvm_lowrank.graph import Site, find_sites
@@ -226,7 +225,7 @@ def _worst(rows: Sequence[Timed], peaks: Peaks) -> Timed:
 def _print_json(rows: Sequence[Timed], peaks: Peaks, request: Request, target: Profile, how: str) -> None:
     document = {
         "schema": SCHEMA,
-        "model": request.model or EXAMPLE,
+        "model": request.model_name,
         "target": target.name,
         "how": how,
         "threads": request.threads,
@@ -253,7 +252,7 @@ def _print_table(rows: Sequence[Timed], peaks: Peaks, request: Request, target: 
         for row in (*rows, _total(rows))
     ]
     console.table(
-        f"{request.model or 'bundled example'} on {target.name}, {request.threads} thread(s), batch {request.batch}: "
+        f"{request.model_name} on {target.name}, {request.threads} thread(s), batch {request.batch}: "
         f"the dense network, {how}",
         ("kernel", "ms", "of all", "GFLOPS", "of peak", "GB/s", "of peak"),
         cells,

@@ -120,14 +120,14 @@ def search(
 
     With several GPUs, or machines, `torchrun -m tvm_lowrank.cli search ...` shares the fine-tuning among its workers.
     """
+    from tvm_lowrank import api
     from tvm_lowrank.importer import parse_input_shape
     from tvm_lowrank.metric import parse_budget
-    from tvm_lowrank.searching import run
     from tvm_lowrank.verify import print_frontier, print_manifest
 
     if budget is not None and max_latency is not None:
         raise UserError("--budget and --max-latency exclude each other; leave one out")
-    request = run.Request(
+    found = api.search(
         out=out,
         budget=parse_budget("1%" if budget is None else budget),
         max_latency=None if max_latency is None else milliseconds(max_latency),
@@ -139,7 +139,9 @@ def search(
         std=_numbers(std, "--std"),
         metric=metric,
         target=target,
-        connection=run.Connection(rpc_tracker, rpc_key, emulate),
+        rpc_tracker=rpc_tracker,
+        rpc_key=rpc_key,
+        emulate=emulate,
         trials=trials,
         threads=threads,
         batch=batch,
@@ -154,7 +156,6 @@ def search(
         resume=resume,
         methods=_methods(methods),
     )
-    found = run.search(request)
     if int(os.environ.get("RANK", "0")):
         return  # of the workers that torchrun started, the first one tells
     if frontier:
@@ -191,12 +192,62 @@ def decompose(
     With --data the chains are fitted to the calibration images and the accuracy is measured; without, synthetic
     images stand in, and only the latency is measured.
     """
+    from tvm_lowrank import api
     from tvm_lowrank.importer import parse_input_shape
-    from tvm_lowrank.searching.apply import apply_plan
-    from tvm_lowrank.searching.run import Connection, Request
     from tvm_lowrank.verify import print_manifest
 
-    request = Request(
+    manifest = api.decompose(
+        out=out,
+        plan=plan,
+        model=model,
+        data=data,
+        input_shape=None if input_shape is None else parse_input_shape(input_shape),
+        mean=_numbers(mean, "--mean"),
+        std=_numbers(std, "--std"),
+        metric=metric,
+        target=target,
+        rpc_tracker=rpc_tracker,
+        rpc_key=rpc_key,
+        emulate=emulate,
+        trials=trials,
+        threads=threads,
+        batch=batch,
+        seed=seed,
+        cache=cache,
+        force=force,
+    )
+    print_manifest(manifest)
+    print(f"bundle: {out}")
+
+
+@app.command("compile")
+def compile_model(
+    model: Annotated[str | None, typer.Argument(help="As --model of search; none is the bundled example.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the bundle.")] = Path("bundle"),
+    target: Target = "x86",
+    rpc_tracker: Tracker = None,
+    rpc_key: Key = None,
+    emulate: Emulate = False,
+    input_shape: InputShape = None,
+    data: Data = None,
+    mean: Mean = None,
+    std: Std = None,
+    metric: Annotated[str, typer.Option(help="top1, top5 or file.py:function.")] = "top1",
+    trials: Trials = 12,
+    threads: Threads = 1,
+    batch: Batch = 1,
+    cache: Cache = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a bundle in --out.")] = False,
+) -> None:
+    """Tune and compile a model as it is, e.g. one that was trained low-rank.
+
+    With --data the accuracy of the compiled library is measured as well.
+    """
+    from tvm_lowrank import api
+    from tvm_lowrank.importer import parse_input_shape
+    from tvm_lowrank.verify import print_manifest
+
+    manifest = api.compile(
         out=out,
         model=model,
         data=data,
@@ -205,15 +256,16 @@ def decompose(
         std=_numbers(std, "--std"),
         metric=metric,
         target=target,
-        connection=Connection(rpc_tracker, rpc_key, emulate),
+        rpc_tracker=rpc_tracker,
+        rpc_key=rpc_key,
+        emulate=emulate,
         trials=trials,
         threads=threads,
         batch=batch,
-        seed=seed,
         cache=cache,
         force=force,
     )
-    print_manifest(apply_plan(request, plan))
+    print_manifest(manifest)
     print(f"bundle: {out}")
 
 

@@ -69,7 +69,7 @@ def constrain(
     """
     if initialise not in ("fresh", "weights"):
         raise UserError(f"initialise is {initialise!r}; use 'fresh' or 'weights'")
-    choices = Plan.read(Path(plan)) if isinstance(plan, str | Path) else plan
+    choices = Plan.of(plan)
     result = copy.deepcopy(module)
     layers = {path: layer for path, layer in result.named_modules() if path and type(layer) in (nn.Conv2d, nn.Linear)}
     places = list(result.named_modules(remove_duplicate=False))  # a layer may be in several

@@ -79,6 +79,11 @@ class Plan(Mapping[str, Choice]):
         return cls(choices)
 
     @classmethod
+    def of(cls, plan: Mapping[str, Choice] | Path | str) -> Plan:
+        """A plan as users give it: a mapping, or the path of a file."""
+        return cls.read(Path(plan)) if isinstance(plan, str | Path) else cls(plan)
+
+    @classmethod
     def read(cls, path: Path) -> Plan:
         try:
             return cls.from_json(path.read_text(), name=str(path))

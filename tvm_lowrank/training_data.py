@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tvm_lowrank.data import Scale, Stats, as_array, checked_images, checked_labels, is_batch, scale_of
+from tvm_lowrank.data import IN_MEMORY, Scale, Stats, as_array, checked_images, checked_labels, is_batch, scale_of
 from tvm_lowrank.errors import UserError
-from tvm_lowrank.reference import load_object, summary
+from tvm_lowrank.reference import absolute, load_object, summary
 
 Batch = tuple[Tensor, Tensor]
 Batches = Callable[[int], Iterable[Batch]]
@@ -21,8 +21,13 @@ BATCH = 100  # images of a batch made from arrays
 _FORMS = "a DataLoader or other batches of (images, labels), a pair of arrays, or a function of the epoch"
 
 
+def name_of(source: str | Callable[[int], Iterable[Any]] | Iterable[Any]) -> str:
+    """What training data is called, valid from any folder."""
+    return absolute(source) if isinstance(source, str) else IN_MEMORY
+
+
 def load_training(
-    source: str,
+    source: str | Callable[[int], Iterable[Any]] | Iterable[Any],
     *,
     input_shape: tuple[int, int, int],
     mean: Stats = None,
@@ -36,12 +41,13 @@ def load_training(
     Parameters
     ----------
     source
-        ``file.py:factory`` or ``pkg.module:factory``: a function without arguments that returns
+        ``file.py:factory`` or ``pkg.module:factory``, a function without arguments that returns one of these; or one of
+        these itself:
 
         - an iterable of (images, labels) batches, such as a DataLoader, which is iterated anew in every epoch;
-        - or a pair of arrays (images, labels), which are given in batches of 100, in another order in every epoch;
+        - a pair of arrays (images, labels), which are given in batches of 100, in another order in every epoch;
           an incomplete last batch is left out;
-        - or a function of the epoch's number that returns an iterable of batches.
+        - a function of the epoch's number that returns an iterable of batches.
     input_shape
         (C, H, W) of the model.
     mean, std
@@ -62,10 +68,14 @@ def load_training(
         iterating, if a later batch is not, with the numbers of the epoch and of the batch.
     """
     check = _Check(input_shape, scale_of(mean, std, input_shape[0]), classes)
-    epochs = _epochs(_called(load_object(source), source), source, check)
+    if isinstance(source, str):
+        name, given = source, _called(load_object(source), source)
+    else:
+        name, given = IN_MEMORY, source
+    epochs = _epochs(given, name, check)
 
     def batches(number: int) -> Iterable[Batch]:
-        return _Epoch(_called(epochs, source, number), number, source, check)
+        return _Epoch(_called(epochs, name, number), number, name, check)
 
     next(iter(batches(1)))
     return batches
