@@ -23,6 +23,7 @@ from tvm_lowrank.graph import Site, find_sites
 from tvm_lowrank.lower import build, kernels, lower
 from tvm_lowrank.metric import Metric, accuracy, paired_drop
 from tvm_lowrank.plan import Choice, Plan
+from tvm_lowrank.portable import write_portable
 from tvm_lowrank.report import write_report
 from tvm_lowrank.searching.candidates import site_macs, skipped
 from tvm_lowrank.searching.device import Device, Model
@@ -56,8 +57,8 @@ def deliver(search: Search, kept: Sequence[Evaluated], oracle: LatencyOracle, de
     with console.timed(search.seconds, "tuning kernels"):
         search.times.measure_others()
     with console.timed(search.seconds, "building, verifying and measuring"):
-        plan, manifest = _libraries(search, kept, oracle, delivery)
-    return write_bundle(delivery.out, plan, {**manifest, "seconds": search.seconds})
+        plan, network, manifest = _libraries(search, kept, oracle, delivery)
+    return write_bundle(delivery.out, plan, network, {**manifest, "seconds": search.seconds})
 
 
 def deliver_plan(
@@ -99,7 +100,7 @@ def deliver_plan(
         latency, speedup = compare(times, plan, delivery)
     described = describe(plan, sites, times, delivery, splits, reason=reason)
     more = {"budget": None, "accuracy": measured, "latency_ms": latency, "speedup": speedup, "seconds": seconds, **more}
-    return write_bundle(out, plan, {**described, **more})
+    return write_bundle(out, plan, network, {**described, **more})
 
 
 def describe(
@@ -123,9 +124,13 @@ def describe(
     }
 
 
-def write_bundle(folder: Path, plan: Plan, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Write what a bundle has beside its libraries; returns the completed manifest."""
+def write_bundle(folder: Path, plan: Plan, network: IRModule, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Write what a bundle has beside its libraries; returns the completed manifest.
+
+    ``network`` is the canonical module that ``model.so`` was built from.
+    """
     write_text(folder / "plan.json", plan.to_json())
+    write_portable(network, folder)
     complete = write_manifest(folder, manifest)
     write_report(folder)
     return complete
@@ -133,14 +138,14 @@ def write_bundle(folder: Path, plan: Plan, manifest: Mapping[str, Any]) -> dict[
 
 def _libraries(
     search: Search, kept: Sequence[Evaluated], oracle: LatencyOracle, delivery: Delivery
-) -> tuple[Plan, dict[str, Any]]:
-    """Build and judge plans until one passes: it, and its manifest without the seconds."""
+) -> tuple[Plan, IRModule, dict[str, Any]]:
+    """Build and judge plans until one passes: it, its network, and its manifest without the seconds."""
     out, budget = delivery.out, search.settings.budget
     dense = build_library(search.mod, oracle, delivery, "dense.so")
     judge = partial(judged, splits=search.splits, metric=search.metric, device=delivery.device)
     dense_scores = judge(dense, description="accuracy, dense library")
 
-    chosen, scores = Plan(), dense_scores
+    chosen, network, scores = Plan(), search.mod, dense_scores
     candidate = kept[0] if kept else None
     while candidate is not None:
         console.phase(f"building the plan with {candidate.drop:+.2f} points of drop on the selection split")
@@ -149,7 +154,7 @@ def _libraries(
         drop, interval = paired_drop(dense_scores, scores)
         search.journal.once("look", f"{candidate.plan.to_json()} {candidate.fit}", partial(float, drop))
         if (interval[1] if search.settings.confident else drop) <= budget:
-            chosen = candidate.plan
+            chosen, network = candidate.plan, library.mod
             break
         console.warn(
             f"{drop:+.2f} points of drop on the evaluation split ({interval[0]:+.2f} to {interval[1]:+.2f}); "
@@ -163,13 +168,14 @@ def _libraries(
     if chosen and speedup <= 1:
         console.warn(f"the compressed library is not faster ({speedup:.2f}x); the bundle is the tuned dense model")
         shutil.copyfile(out / "dense.so", out / "model.so")
-        chosen, speedup, latency["compressed"] = Plan(), 1.0, latency["dense"]
+        chosen, network, speedup, latency["compressed"] = Plan(), search.mod, 1.0, latency["dense"]
     if not chosen:
         scores = dense_scores
     described = describe(chosen, search.sites, search.times, delivery, search.splits, reason=partial(reason, search))
     looks = len(search.journal.of_kind("look"))
     entry = accuracy_entry(search.metric, dense_scores, scores, delivery.device, looks=looks)
-    return chosen, {**described, "budget": budget, "accuracy": entry, "latency_ms": latency, "speedup": speedup}
+    manifest = {**described, "budget": budget, "accuracy": entry, "latency_ms": latency, "speedup": speedup}
+    return chosen, network, manifest
 
 
 @dataclass(frozen=True, eq=False)

@@ -237,7 +237,7 @@ def _written(
             "latency_ms": {"dense": dense.latency, "compressed": point.latency, **how},
             "speedup": dense.ms / point.ms,
         }
-        bundles.append(_row(str(number), write_bundle(folder, plan, manifest), point.evaluated))
+        bundles.append(_row(str(number), write_bundle(folder, plan, point.library.mod, manifest), point.evaluated))
     table = {
         "schema": SCHEMA,
         "model": delivery.model,

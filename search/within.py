@@ -221,4 +221,4 @@ def _written(
         "speedup": speedup,
         "seconds": search.seconds,
     }
-    return write_bundle(delivery.out, plan, manifest)
+    return write_bundle(delivery.out, plan, pair[1].mod, manifest)

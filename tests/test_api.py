@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,12 @@ def test_decompose_with_a_mapping_or_a_file(options: dict[str, Any], tmp_path: P
     images, _ = labelled(options["model"], 4)
     one, two = (tvm_lowrank.load(tmp_path / name)(images.numpy()) for name in ("one", "two"))
     assert np.array_equal(one, two) and not same(tmp_path / "one", options["model"])
+    exported = onnxruntime.InferenceSession(tmp_path / "one" / "model.onnx").run(["output"], {"x": images.numpy()})[0]
+    with torch.no_grad():
+        program = torch.export.load(tmp_path / "one" / "model.pt2").module()(images).numpy()
+    for other in (exported, program):
+        np.testing.assert_allclose(other, one, atol=1e-4 * np.abs(one).max())
+    assert set(manifest["files"]) == {"model.so", "dense.so", "plan.json", "model.pt2", "model.onnx"}
     with pytest.raises(UserError, match=r"plan: the model has no site 'conv9'; it has 0, 2, 6"):
         tvm_lowrank.decompose(**options, plan={"conv9": Choice("spatial", 6)}, out=tmp_path / "three")
 

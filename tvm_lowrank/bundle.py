@@ -1,8 +1,8 @@
 """The bundle: the directory that is shipped, written piece by piece, read and run again.
 
 ``model.so`` (compressed) and ``dense.so`` have one function ``main(x)`` for a fixed batch; ``plan.json`` says what
-became of every site; ``manifest.json`` (schema 1, written last) describes the rest
-(``accuracy`` and ``data`` are null if there was no data):
+became of every site; ``model.pt2`` and ``model.onnx`` are the compressed network for other tools;
+``manifest.json`` (schema 1, written last) describes the rest (``accuracy`` and ``data`` are null if there was no data):
 
     schema, versions, model, target, budget (points), input_shape ([N, C, H, W] of the libraries),
     data: {source, mean, std, evaluation_sha256},
@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 SCHEMA = 1
 MANIFEST = "manifest.json"
 Which = Literal["model", "dense"]
-FILES = ("model.so", "dense.so", "plan.json")
+PORTABLE = ("model.pt2", "model.onnx")
+FILES = ("model.so", "dense.so", "plan.json", *PORTABLE)
 
 # what a reader may rely on; `write_manifest` refuses a manifest without it
 REQUIRED: dict[str, tuple[str, ...]] = {

@@ -14,7 +14,7 @@ import subprocess
 from pathlib import Path
 
 from tvm_lowrank import console
-from tvm_lowrank.bundle import MANIFEST, library, prepare_out, read_manifest, sha256
+from tvm_lowrank.bundle import MANIFEST, PORTABLE, library, prepare_out, read_manifest, sha256
 from tvm_lowrank.errors import MeasurementError, UserError
 from tvm_lowrank.files import write_text
 
@@ -38,7 +38,8 @@ def package(bundle: Path, out: Path, *, with_runtime: bool, cache_dir: Path, for
         If the compiler fails.
     """
     manifest = read_manifest(bundle)
-    names = [name for name in (*manifest["files"], MANIFEST) if (bundle / name).is_file()]
+    present = (name for name in (*manifest["files"], MANIFEST) if (bundle / name).is_file())
+    names = [name for name in present if name not in PORTABLE]  # those are for other tools
     for which in ("model", "dense"):
         if f"{which}.so" in names:
             library(bundle, manifest, which)
