@@ -1,12 +1,13 @@
 # make demo: compress the bundled example network for this machine (20 minutes on two cores, installation included)
 # make demo-arm: the same search for two emulated 64-bit ARM boards (needs g++-aarch64-linux-gnu and qemu-user-static)
 # make test: all checks, as in continuous integration; without these packages, clang and lld some are skipped
+# make docs: the documentation as a web site, in build/docs
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find tvm_lowrank search targets -type f ! -name '*.pyc')
 
-.PHONY: demo demo-arm test
+.PHONY: demo demo-arm test docs
 
 demo: $(VENV)/.installed
 	$(BIN)/tvm_lowrank search --target x86 --budget 1% --out demo --resume
@@ -23,6 +24,9 @@ test: $(VENV)/.installed $(VENV)/.tools
 	cd $(VENV) && bin/mypy --config-file ../pyproject.toml
 	$(BIN)/pytest
 
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+
 # the stamps keep the downloads from being repeated until the dependencies change
 $(VENV)/.dependencies: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +35,10 @@ $(VENV)/.dependencies: pyproject.toml constraints.txt
 
 $(VENV)/.tools: $(VENV)/.dependencies
 	$(BIN)/pip install -c constraints.txt '.[test]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.dependencies
+	$(BIN)/pip install -c constraints.txt '.[docs]'
 	touch $@
 
 # setuptools would install files again that were deleted here but are still in build/

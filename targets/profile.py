@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +17,6 @@ from tvm_lowrank.errors import UserError
 from tvm_lowrank.schedule import target_lanes
 from tvm_lowrank.targets.android import ndk_compiler
 from tvm_lowrank.targets.toolchain import TRIPLES, cross_compiler, host_arch
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 HERE = Path(__file__).parent
 EXAMPLE = HERE / "rpi4.toml"

@@ -16,6 +16,7 @@ PACKAGES = {
     "qemu-aarch64-static": "qemu-user-static",
     "clang": "clang",
     "ld.lld": "lld",
+    "javac": "default-jdk-headless",
 }
 
 

@@ -135,8 +135,7 @@ struct HostMemory {
   void AllocData(DLTensor* tensor) {
     size_t bytes = sizeof(float);
     for (int i = 0; i < tensor->ndim; ++i) bytes *= static_cast<size_t>(tensor->shape[i]);
-    tensor->data = std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
-    if (!tensor->data) throw std::bad_alloc();
+    if (posix_memalign(&tensor->data, kAlignment, bytes)) throw std::bad_alloc();
   }
   void FreeData(DLTensor* tensor) { std::free(tensor->data); }
 };
