@@ -28,6 +28,7 @@ from tvm_lowrank.report import write_report
 from tvm_lowrank.searching.candidates import site_macs, skipped
 from tvm_lowrank.searching.device import Device, Model
 from tvm_lowrank.searching.loop import Evaluated, Search
+from tvm_lowrank.searching.offers import offers
 from tvm_lowrank.searching.oracle import LatencyOracle
 from tvm_lowrank.searching.times import SiteTimes
 
@@ -111,8 +112,12 @@ def describe(
     splits: Splits | None,
     *,
     reason: Callable[[Site, Choice], str],
+    offers: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
 ) -> dict[str, Any]:
-    """What a plan's manifest says of the model, the data and the sites; their kernels have been measured."""
+    """What a plan's manifest says of the model, the data and the sites; their kernels have been measured.
+
+    ``offers`` of each site are those of `tvm_lowrank.searching.offers`.
+    """
     choices = [(site, plan.get(site.id, Choice())) for site in sites]
     evaluation = None if splits is None else {"evaluation_sha256": fingerprint(splits.evaluation)}
     return {
@@ -120,7 +125,10 @@ def describe(
         "target": dict(delivery.target),
         "input_shape": list(delivery.input_shape),
         "data": None if evaluation is None else {**(delivery.data or {}), **evaluation},
-        "sites": [site_entry(site, choice, times, reason=reason(site, choice)) for site, choice in choices],
+        "sites": [
+            site_entry(site, choice, times, reason=reason(site, choice), offers=(offers or {}).get(site.id, ()))
+            for site, choice in choices
+        ],
     }
 
 
@@ -171,7 +179,15 @@ def _libraries(
         chosen, network, speedup, latency["compressed"] = Plan(), search.mod, 1.0, latency["dense"]
     if not chosen:
         scores = dense_scores
-    described = describe(chosen, search.sites, search.times, delivery, search.splits, reason=partial(reason, search))
+    described = describe(
+        chosen,
+        search.sites,
+        search.times,
+        delivery,
+        search.splits,
+        reason=partial(reason, search),
+        offers=offers(search, chosen),
+    )
     looks = len(search.journal.of_kind("look"))
     entry = accuracy_entry(search.metric, dense_scores, scores, delivery.device, looks=looks)
     manifest = {**described, "budget": budget, "accuracy": entry, "latency_ms": latency, "speedup": speedup}
@@ -292,7 +308,9 @@ def accuracy_entry(
     }
 
 
-def site_entry(site: Site, choice: Choice, times: SiteTimes, *, reason: str) -> dict[str, Any]:
+def site_entry(
+    site: Site, choice: Choice, times: SiteTimes, *, reason: str, offers: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     """One of the manifest's ``sites``."""
     return {
         "id": site.id,
@@ -303,6 +321,7 @@ def site_entry(site: Site, choice: Choice, times: SiteTimes, *, reason: str) -> 
         "macs": site_macs(site, choice),
         "dense_macs": site.macs,
         "reason": reason,
+        "offers": list(offers),
     }
 
 

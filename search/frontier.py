@@ -40,6 +40,7 @@ from tvm_lowrank.searching.deliver import (
     write_bundle,
 )
 from tvm_lowrank.searching.loop import FIRST_LIMIT, LEAST_LIMIT, MOST_LIMIT, Evaluated, Placed, Search
+from tvm_lowrank.searching.offers import offers
 from tvm_lowrank.searching.oracle import LatencyOracle
 
 FRONTIER = "frontier.json"
@@ -133,10 +134,7 @@ def _dense_ms(search: Search) -> float:
 def _evaluated(search: Search, limit: float) -> Evaluated:
     search.check_time()
     result = search.evaluate(search.placed(limit), "reconstructed")
-    console.phase(
-        f"damage limit {limit:.2g} nats: convolutions {search.dense_ms / result.ms:.2f}x faster, "
-        f"selection drop {result.drop:+.2f} points"
-    )
+    console.tried(search.dense_ms / result.ms, result.drop, f"damage limit {limit:.2g} nats")
     return result
 
 
@@ -231,7 +229,15 @@ def _written(
         for name, file in (("dense.so", dense.file), ("model.so", point.file)):
             shutil.copyfile(out / file, folder / name)
         manifest = {
-            **describe(plan, search.sites, search.times, delivery, search.splits, reason=partial(reason, search)),
+            **describe(
+                plan,
+                search.sites,
+                search.times,
+                delivery,
+                search.splits,
+                reason=partial(reason, search),
+                offers=offers(search, plan),
+            ),
             "budget": None,
             "accuracy": accuracy,
             "latency_ms": {"dense": dense.latency, "compressed": point.latency, **how},

@@ -304,14 +304,11 @@ class Search:
         It begins at `limit`, and ends after `most` evaluations.
         """
         below, above = 0.0, math.inf
-        for count in range(1, most + 1):
+        for _ in range(most):
             self.check_time()
             result = evaluate(self.placed(limit))
             inside = result.drop <= self.settings.budget
-            console.phase(
-                f"plan {count}: convolutions {self.dense_ms / result.ms:.2f}x faster, "
-                f"selection drop {result.drop:+.2f} points, {'kept' if inside else 'over budget'}"
-            )
+            console.tried(self.dense_ms / result.ms, result.drop, "kept" if inside else "over budget")
             if inside:
                 if result.plan:
                     kept.append(result)

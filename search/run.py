@@ -148,7 +148,7 @@ def _search(request: Request, workers: Workers, start: float) -> dict[str, Any]:
         seed=request.seed,
         confident=request.confident,
     )
-    with opened(request, profile) as (device, oracle):
+    with opened(request, profile) as (device, oracle), console.search_view("searching"):
         console.phase(f"{len(find_sites(mod))} layers; calibrating and predicting damage")
         times = SiteTimes(mod, find_sites(mod), oracle, batch=request.batch)
         delivery = delivery_of(request, mod, device, splits)

@@ -33,6 +33,7 @@ from tvm_lowrank.searching.deliver import (
     write_bundle,
 )
 from tvm_lowrank.searching.loop import Search, plan_of
+from tvm_lowrank.searching.offers import offers
 from tvm_lowrank.searching.oracle import LatencyOracle
 from tvm_lowrank.transform import replace_sites, shape_chains
 
@@ -212,7 +213,7 @@ def _written(
     if not plan:
         console.phase(f"the tuned dense network is within {task.limit:g} ms; the bundle is this network")
     manifest = {
-        **describe(plan, search.sites, search.times, delivery, splits, reason=why),
+        **describe(plan, search.sites, search.times, delivery, splits, reason=why, offers=offers(search, plan)),
         "budget": None,
         "max_latency_ms": task.limit,
         "predicted_damage": sum(search.damage[name][choice] for name, choice in plan.items()),

@@ -17,6 +17,7 @@ PACKAGES = {
     "clang": "clang",
     "ld.lld": "lld",
     "javac": "default-jdk-headless",
+    "chromium": "chromium",
 }
 
 

@@ -38,6 +38,31 @@ def test_bars_may_be_nested_and_end_with_an_error(monkeypatch: pytest.MonkeyPatc
         assert text in screen.getvalue()
 
 
+def test_plans_are_lines_or_a_table_above_the_bars(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with console.search_view("searching"):
+        console.tried(2.0, 0.25, "kept")
+    line = "plan 1: convolutions 2.00x faster, selection drop +0.25 points, kept\n"
+    assert capsys.readouterr().err == line
+    screen = io.StringIO()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(
+        console, "messages", Console(file=screen, force_terminal=True, force_interactive=True, width=80)
+    )
+    with pytest.raises(KeyboardInterrupt), console.search_view("searching"):
+        for speedup in (2.0, 3.0):
+            console.tried(speedup, 0.25, "kept")
+        console.phase("fitting")
+        raise KeyboardInterrupt
+    shown = screen.getvalue()
+    assert "plan 1:" not in shown and "searching" in shown
+    assert shown.rindex("3.00x") < shown.rindex("2.00x"), "the fastest is first"
+    with console.search_view("again"):
+        pass
+    assert "3.00x" not in screen.getvalue()[len(shown) :], "the next search begins anew"
+
+
 def test_tables_keep_brackets_and_width(capsys: pytest.CaptureFixture[str]) -> None:
     console.table("sites", ("id", "ms"), [("conv[bold]", 1.5), ("x" * 150, "–")])
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
@@ -30,6 +32,10 @@ def site(name: str, method: str, rank: Any, ms: float) -> dict[str, Any]:
         "macs": int(1e6 * ms),
         "dense_macs": 1_000_000,
         "reason": f"saves {1 - ms:.3f} ms & more",
+        "offers": [
+            {"method": method, "rank": rank, "ms": ms, "nats": 0.002, "measured": True, "cost": 2 * ms},
+            {"method": "svd", "rank": 40, "ms": 0.9, "nats": 0.0012, "measured": False, "cost": 2 * ms + 0.123},
+        ],
     }
 
 
@@ -139,6 +145,7 @@ def test_the_page_says_what_was_measured_and_needs_no_network(bundle: Path) -> N
         "saves 0.750 ms & more",
         "8 min 05 s",
         "budget was 1 points",
+        "svd 40 0.900 ? 0.0012 0.123",
     ):
         assert wanted in text, wanted
     assert not page.links
@@ -150,8 +157,38 @@ def test_the_page_says_what_was_measured_and_needs_no_network(bundle: Path) -> N
 
 
 def test_without_data_and_without_a_journal() -> None:
-    page = render(manifest(accuracy=None, data=None, budget=None, versions={"python": "3.11"}), [], Plan().to_json())
-    assert "accuracy was not measured" in page and page.count("<svg") == 1
+    sites = [{key: value for key, value in site("fc", "dense", None, 1.0).items() if key != "offers"}]
+    changes = {"accuracy": None, "data": None, "budget": None, "versions": {"python": "3.11"}, "sites": sites}
+    page = render(manifest(**changes), [], Plan().to_json())
+    assert "accuracy was not measured" in page and page.count("<svg") == 1 and "considered" not in page
+
+
+MEASURE = """<script>
+addEventListener("load", () => {
+  document.querySelectorAll("details").forEach(each => each.open = true);
+  const root = document.documentElement, text = getComputedStyle(document.body);
+  document.title = [root.scrollWidth, innerWidth, text.backgroundColor, text.color].join("|");
+});
+</script></body>"""
+
+
+@pytest.mark.needs("chromium")
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_browser_shows_it(bundle: Path, tmp_path: Path, width: int, dark: bool) -> None:
+    page = tmp_path / "page.html"
+    page.write_text(write_report(bundle).read_text().replace("</body>", MEASURE))
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--force-device-scale-factor=1"]
+    mode = ["--blink-settings=preferredColorScheme=0"] if dark else []
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    command = ["chromium", *options, *mode, profile, f"--window-size={width},900", "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    [title] = re.findall(r"<title>(.*?)</title>", done.stdout)
+    wide, inner, background, colour = title.split("|")
+    assert int(wide) <= int(inner), "the page is wider than its window"
+    assert (background, colour) == (
+        ("rgb(13, 17, 23)", "rgb(230, 237, 243)") if dark else ("rgb(255, 255, 255)", "rgb(31, 35, 40)")
+    )
 
 
 def test_emulated_times_are_marked() -> None:

@@ -8,7 +8,8 @@ became of every site; ``model.pt2`` and ``model.onnx`` are the compressed networ
     data: {source, mean, std, evaluation_sha256},
     accuracy (percent): {metric, n, dense, compressed, drop, ci95: [low, high], looks, on_device (of n)},
     latency_ms: {dense: {median, p10, p90, predicted}, compressed: {…}, threads, batch, how}, speedup,
-    sites: [{id, method, rank, ms, dense_ms, macs, dense_macs, reason}],
+    sites: [{id, method, rank, ms, dense_ms, macs, dense_macs, reason,
+             offers: [{method, rank, ms, nats, measured, cost}]}],
     seconds: {phase: s of the last run}, files: {name: SHA-256}
 """
 

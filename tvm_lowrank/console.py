@@ -1,6 +1,7 @@
 """What the tool says while it works: progress, tables, warnings. Progress goes to stderr, results to stdout.
 
-Progress bars appear on an interactive terminal only; elsewhere `phase` leaves plain lines and bars are silent.
+Progress bars, and above them the plans that a search has tried, appear on an interactive terminal only; elsewhere
+`phase` leaves plain lines and bars are silent.
 """
 
 from __future__ import annotations
@@ -11,8 +12,15 @@ from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
 from rich import box
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -21,6 +29,7 @@ T = TypeVar("T")
 messages = Console(stderr=True, highlight=False)
 results = Console(highlight=False)
 _live: Progress | None = None
+_plans: list[tuple[float, float, str]] = []  # of this search: speed-up, drop in points, what was found
 
 
 class Advance(Protocol):
@@ -32,6 +41,34 @@ class Advance(Protocol):
 def phase(text: str) -> None:
     """Say in one line what is being done now."""
     _say(messages, text)
+
+
+def tried(speedup: float, drop: float, verdict: str) -> None:
+    """Say what a plan that was evaluated is worth: how much faster its convolutions are, and its drop in points."""
+    _plans.append((speedup, drop, verdict))
+    if _live is None:
+        phase(f"plan {len(_plans)}: convolutions {speedup:.2f}x faster, selection drop {drop:+.2f} points, {verdict}")
+
+
+class _View(Progress):
+    """The plans so far, the fastest first, above the bars."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        if _plans:
+            rows = [(f"{speedup:.2f}x", f"{drop:+.2f}", verdict) for speedup, drop, verdict in sorted(_plans)[::-1]]
+            yield _shown("plans so far", ("convolutions faster", "selection drop", ""), rows)
+        yield from super().get_renderables()
+
+
+@contextmanager
+def search_view(description: str) -> Iterator[None]:
+    """Show the plans that are `tried` in this block, and how long it has been running, as long as it runs."""
+    _plans.clear()
+    try:
+        with progress(description):
+            yield
+    finally:
+        _plans.clear()
 
 
 @contextmanager
@@ -66,10 +103,12 @@ def progress(description: str, total: float | None = None) -> Iterator[Advance]:
         yield lambda units=1, /, *, description=None: None
         return
     outermost = _live is None
-    bars = _live or Progress(
+    bars = _live or _View(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
         TimeRemainingColumn(),
         console=messages,
         transient=True,
@@ -103,6 +142,13 @@ def track(items: Iterable[T], description: str, *, total: float | None = None) -
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print a table to stdout; columns of which every cell starts like a number are right-aligned."""
+    shown = _shown(title, columns, rows)
+    if not results.is_terminal:
+        results.width = 400  # a pipe has no width: do not cut columns off
+    results.print(shown)
+
+
+def _shown(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
     cells = [[str(cell) for cell in row] for row in rows]
     shown = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left")
     for i, name in enumerate(columns):
@@ -110,9 +156,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
         shown.add_column(name, justify="right" if numeric else "left")
     for row in cells:
         shown.add_row(*map(Text, row))  # Text: a site's id may contain what rich would take for markup
-    if not results.is_terminal:
-        results.width = 400  # a pipe has no width: do not cut columns off
-    results.print(shown)
+    return shown
 
 
 def _say(console: Console, text: str, *, style: str | None = None) -> None:
