@@ -114,6 +114,9 @@ def main() -> None:
     parser.add_argument("--budget", default="1%")
     parser.add_argument("--out", type=Path, default=Path("ablation"))
     args = parser.parse_args()
+    unknown = set(args.only.split(",")) - set(variants)
+    if unknown:
+        parser.error(f"unknown variant {', '.join(sorted(unknown))}; known are {', '.join(variants)}")
     args.out.mkdir(exist_ok=True)
     print(f"{'variant':15s} {'speed-up':>9s} {'MACs':>6s} {'drop':>6s} {'looks':>6s} {'plans':>6s} {'seconds':>8s}")
     for variant in args.only.split(","):
