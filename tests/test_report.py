@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
@@ -161,6 +162,17 @@ def test_without_data_and_without_a_journal() -> None:
     changes = {"accuracy": None, "data": None, "budget": None, "versions": {"python": "3.11"}, "sites": sites}
     page = render(manifest(**changes), [], Plan().to_json())
     assert "accuracy was not measured" in page and page.count("<svg") == 1 and "considered" not in page
+
+
+def test_a_bundle_of_a_frontier_has_the_journal_above(bundle: Path) -> None:
+    inner = bundle / "1"
+    inner.mkdir()
+    for name in ("model.so", "plan.json", "manifest.json"):
+        shutil.copy(bundle / name, inner / name)
+    assert write_report(inner).read_text().count("<svg") == 1, "the journal above is that of another search"
+    text = (bundle / "journal.jsonl").read_text()
+    (bundle / "journal.jsonl").write_text(text.replace('{"model": "x"}', '{"model": "x", "frontier": true}'))
+    assert write_report(inner).read_text().count("<svg") == 3
 
 
 MEASURE = """<script>

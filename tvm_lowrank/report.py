@@ -55,8 +55,18 @@ def write_report(directory: Path) -> Path:
     """
     manifest = read_manifest(directory)
     path = directory / REPORT
-    write_text(path, render(manifest, tried(directory / JOURNAL), _read_plan(directory)))
+    write_text(path, render(manifest, tried(_journal(directory)), _read_plan(directory)))
     return path
+
+
+def _journal(directory: Path) -> Path:
+    """The journal of the search that made a bundle, which for one of a frontier is in the folder above."""
+    above = directory.resolve().parent / JOURNAL
+    if not (directory / JOURNAL).is_file() and above.is_file():
+        header = next((entry["value"] for entry in _entries(above) if entry["key"] == "header"), None)
+        if isinstance(header, dict) and header.get("frontier"):
+            return above
+    return directory / JOURNAL
 
 
 def _read_plan(directory: Path) -> str:
