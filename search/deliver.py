@@ -150,17 +150,17 @@ def _libraries(
     """Build and judge plans until one passes: it, its network, and its manifest without the seconds."""
     out, budget = delivery.out, search.settings.budget
     dense = build_library(search.mod, oracle, delivery, "dense.so")
-    judge = partial(judged, splits=search.splits, metric=search.metric, device=delivery.device)
-    dense_scores = judge(dense, description="accuracy, dense library")
+    dense_scores = looked(search, dense, delivery, Plan(), description="accuracy, dense library")
 
     chosen, network, scores = Plan(), search.mod, dense_scores
     candidate = kept[0] if kept else None
     while candidate is not None:
         console.phase(f"building the plan with {candidate.drop:+.2f} points of drop on the selection split")
         library = build_library(search.network(candidate.plan, candidate.fit), oracle, delivery, "model.so")
-        scores = judge(library, description="accuracy, compressed library")
+        scores = looked(
+            search, library, delivery, candidate.plan, candidate.fit, description="accuracy, compressed library"
+        )
         drop, interval = paired_drop(dense_scores, scores)
-        search.journal.once("look", f"{candidate.plan.to_json()} {candidate.fit}", partial(float, drop))
         if (interval[1] if search.settings.confident else drop) <= budget:
             chosen, network = candidate.plan, library.mod
             break
@@ -172,7 +172,8 @@ def _libraries(
 
     if not chosen:
         shutil.copyfile(out / "dense.so", out / "model.so")
-    latency, speedup = compare(search.times, chosen, delivery)
+    measure = partial(compare, search.times, chosen, delivery)
+    latency, speedup = search.journal.once("end to end", chosen.to_json(), measure)
     if chosen and speedup <= 1:
         console.warn(f"the compressed library is not faster ({speedup:.2f}x); the bundle is the tuned dense model")
         shutil.copyfile(out / "dense.so", out / "model.so")
@@ -216,6 +217,15 @@ def judged(library: Library, splits: Splits, metric: Metric, device: Device, *, 
     reference = partial(predict, TorchBridge(library.mod))
     others = evaluate(reference, images[rest], labels[rest], metric, description=f"{description}, in PyTorch")
     return np.concatenate([scores, others])
+
+
+def looked(
+    search: Search, library: Library, delivery: Delivery, plan: Plan, fit: str = "", *, description: str
+) -> np.ndarray:
+    """`judged` once for a plan and its fit, and kept in the journal: a look at the evaluation split, but for dense."""
+    judge = partial(judged, library, search.splits, search.metric, delivery.device, description=description)
+    kind, key = ("look", f"{plan.to_json()} {fit}") if plan else ("scores", "dense")
+    return np.array(search.journal.once(kind, key, lambda: judge().tolist()))
 
 
 def build_library(mod: IRModule, oracle: LatencyOracle, delivery: Delivery, name: str) -> Library:

@@ -24,7 +24,6 @@ from tvm_lowrank import console
 from tvm_lowrank.bundle import FILES, MANIFEST
 from tvm_lowrank.errors import TimeUp
 from tvm_lowrank.files import write_text
-from tvm_lowrank.metric import paired_drop
 from tvm_lowrank.plan import Plan
 from tvm_lowrank.report import REPORT
 from tvm_lowrank.searching.deliver import (
@@ -34,7 +33,7 @@ from tvm_lowrank.searching.deliver import (
     accuracy_entry,
     build_library,
     describe,
-    judged,
+    looked,
     reason,
     summary,
     write_bundle,
@@ -198,21 +197,15 @@ def _latencies(search: Search, plans: dict[str, Plan], delivery: Delivery) -> di
 
 def _judged(search: Search, dense: Point, points: Sequence[Point], delivery: Delivery) -> list[dict[str, Any]]:
     """The manifest's ``accuracy`` of each point; each is one look at the evaluation split."""
-    judge = partial(judged, splits=search.splits, metric=search.metric, device=delivery.device)
-    before = judge(dense.library, description="accuracy, dense library")
-    scores = [
-        before if point is dense else judge(point.library, description=f"accuracy, bundle {number}")
-        for number, point in enumerate(points, 1)
-    ]
-    for point, after in zip(points, scores, strict=True):
-        key = f"{point.evaluated.plan.to_json()} {point.evaluated.fit}"
-        search.journal.once("look", key, partial(_drop, before, after))
+
+    def look(point: Point, name: str) -> np.ndarray:
+        evaluated, description = point.evaluated, f"accuracy, {name}"
+        return looked(search, point.library, delivery, evaluated.plan, evaluated.fit, description=description)
+
+    before = look(dense, "dense library")
+    scores = [look(point, f"bundle {number}") for number, point in enumerate(points, 1)]
     looks = len(search.journal.of_kind("look"))
     return [accuracy_entry(search.metric, before, after, delivery.device, looks=looks) for after in scores]
-
-
-def _drop(before: np.ndarray, after: np.ndarray) -> float:
-    return paired_drop(before, after)[0]
 
 
 def _written(

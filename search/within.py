@@ -18,7 +18,6 @@ from tvm.ir import IRModule
 from tvm_lowrank import console
 from tvm_lowrank.errors import TimeUp, UserError
 from tvm_lowrank.graph import Site
-from tvm_lowrank.metric import paired_drop
 from tvm_lowrank.plan import Choice, Plan
 from tvm_lowrank.searching.deliver import (
     Delivery,
@@ -28,7 +27,7 @@ from tvm_lowrank.searching.deliver import (
     compare,
     describe,
     end_to_end,
-    judged,
+    looked,
     reason,
     write_bundle,
 )
@@ -197,13 +196,9 @@ def _written(
     accuracy, splits = None, None if search.settings.synthetic else search.splits
     if splits is not None:
         with console.timed(search.seconds, "building, verifying and measuring"):
-            before, after = (
-                judged(library, splits, search.metric, delivery.device, description=f"accuracy, {name} library")
-                for name, library in zip(("dense", "compressed"), pair, strict=True)
-            )
-        search.journal.once(
-            "look", f"{plan.to_json()} {search.networks.best_fit}", lambda: paired_drop(before, after)[0]
-        )
+            before = looked(search, pair[0], delivery, Plan(), description="accuracy, dense library")
+            fit, description = search.networks.best_fit, "accuracy, compressed library"
+            after = looked(search, pair[1], delivery, plan, fit, description=description)
         looks = len(search.journal.of_kind("look"))
         accuracy = accuracy_entry(search.metric, before, after, delivery.device, looks=looks)
 
