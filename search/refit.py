@@ -22,7 +22,7 @@ from tvm import relax
 from tvm.ir import IRModule
 
 from tvm_lowrank.bridge import TorchBridge
-from tvm_lowrank.calibrate import sample_columns, sample_positions, sample_values
+from tvm_lowrank.calibrate import batches, sample_columns, sample_positions, sample_values
 from tvm_lowrank.epilogue import Epilogue, epilogue, rivals
 from tvm_lowrank.graph import Site
 from tvm_lowrank.methods import METHODS, Chain, Factors, Moments, compose, decompose, grouped
@@ -53,7 +53,7 @@ class Target:
 
 @torch.no_grad()
 def dense_outputs(
-    bridge: TorchBridge, sites: Sequence[Site], images: np.ndarray, *, batch: int = 100, seed: int = 0
+    bridge: TorchBridge, sites: Sequence[Site], images: np.ndarray, *, seed: int = 0
 ) -> dict[str, Target]:
     """The target of each site of a dense network over the images (float32 NCHW)."""
     wanted = {site.id: site for site in sites}
@@ -78,8 +78,8 @@ def dense_outputs(
             watch.append((after.residual, partial(record, name, "addend")))
         if after.window is not None:
             watch.append((after.result, partial(record_rivals, name, after.window)))
-    for start in range(0, len(images), batch):
-        bridge(torch.from_numpy(images[start : start + batch]), tap=tap, watch=watch)
+    for start, chunk in batches(images):  # noqa: B007 - the taps read it
+        bridge(chunk, tap=tap, watch=watch)
     whole = {key: torch.cat(chunks) for key, chunks in parts.items()}
     return {
         name: Target(
@@ -96,7 +96,6 @@ def site_columns(
     images: np.ndarray,
     *,
     residual: relax.Var | None = None,
-    batch: int = 100,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """What a still dense site multiplies at its sampled positions, and what is added to its output there.
@@ -121,9 +120,9 @@ def site_columns(
         stop()
 
     watch = [] if residual is None else [(residual, record)]
-    for start in range(0, len(images), batch):
+    for start, chunk in batches(images):  # noqa: B007 - the taps read it
         try:
-            bridge(torch.from_numpy(images[start : start + batch]), tap=tap, watch=watch)
+            bridge(chunk, tap=tap, watch=watch)
         except _Reached:
             continue
     return torch.cat(columns, dim=1), torch.cat(addends) if addends else None

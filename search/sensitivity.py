@@ -15,10 +15,10 @@ from tvm.ir import IRModule
 
 from tvm_lowrank import console
 from tvm_lowrank.bridge import TorchBridge
-from tvm_lowrank.calibrate import collect_fisher, collect_moments, predict
+from tvm_lowrank.calibrate import collect_fisher, collect_moments, predict, predict_each
 from tvm_lowrank.graph import Site, find_sites
 from tvm_lowrank.methods import METHODS, Chain, Factors, Moments, cut, factorise
-from tvm_lowrank.plan import Choice, Plan
+from tvm_lowrank.plan import Choice
 from tvm_lowrank.searching.candidates import candidates, site_macs
 from tvm_lowrank.searching.damage import DamageCurve, divergence, interpolated, probes
 from tvm_lowrank.searching.journal import Journal
@@ -29,7 +29,8 @@ from tvm_lowrank.transform import replace_sites
 S = TypeVar("S")
 T = TypeVar("T")
 
-PROBE_IMAGES = 500
+PROBE_IMAGES, FEWEST_IMAGES = 500, 100
+PROBE_MACS = 2e11  # of a probe: large networks are probed with fewer images
 
 
 class Sensitivity:
@@ -104,24 +105,25 @@ class Sensitivity:
     def probe(self, journal: Journal, check: Callable[[], None]) -> dict[str, dict[Choice, float]]:
         """Damage of every candidate in nats: predicted, and corrected by a few real evaluations of each site.
 
-        The evaluations are kept in the journal; ``check`` is called before each.
+        The evaluations are kept in the journal; ``check`` is called before those of each site.
         """
-        images = self.images[:PROBE_IMAGES]
+        macs = sum(site.macs for site in self.sites.values())
+        images = self.images[: int(np.clip(PROBE_MACS / macs, FEWEST_IMAGES, PROBE_IMAGES))]
         dense = predict(self._bridge, images)
         names = list(self.candidates)
         predicted = dict(zip(names, _each(self._predicted, names, "predicting damage"), strict=True))
         share = self._share / max(1, sum(bool(choices) for choices in self.candidates.values()))
-        wanted = [(name, choice) for name, own in predicted.items() for choice in probes(own, share)]
         found: dict[str, dict[float, float]] = {}
-        for name, choice in console.track(wanted, "probing damage"):
+        for name, own in console.track(predicted.items(), "probing damage", total=len(predicted)):
             check()
-
-            def evaluate(name: str = name, choice: Choice = choice) -> float:
-                changed = TorchBridge(self.network(Plan({name: choice})))
-                return divergence(dense, predict(changed, images))
-
-            damage = journal.once("probe", f"{name} {choice}", evaluate)
-            found.setdefault(name, {})[predicted[name][choice]] = damage
+            keys = {f"{name} {choice}": choice for choice in probes(own, share)}
+            unknown = [key for key in keys if journal.get("probe", key) is None]
+            if unknown:
+                chains = [self._single(name, keys[key]) for key in unknown]
+                for key, changed in zip(unknown, predict_each(self._bridge, images, name, chains), strict=True):
+                    journal.record("probe", key, divergence(dense, changed))
+            if keys:
+                found[name] = {own[choice]: journal.get("probe", key) for key, choice in keys.items()}
         curves = {name: DamageCurve.through(probed) for name, probed in found.items()}
         return {name: {choice: curves[name](value) for choice, value in own.items()} for name, own in predicted.items()}
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import tvm_lowrank
-from support import packaged_network
+from support import arm_python, packaged_network
 from tvm_lowrank.bridge import TorchBridge
 from tvm_lowrank.bundle import sha256
 from tvm_lowrank.calibrate import predict
@@ -138,6 +138,23 @@ def test_python_needs_only_numpy(made: Made) -> None:
     program = EXAMPLES / "python" / "classify.py"
     arguments = [sys.executable, str(program), str(made.package), str(made.root / "images.npy")]
     done = subprocess.run(arguments, capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr
+    assert [int(line) for line in done.stdout.split()] == made.classes
+
+
+@pytest.mark.parametrize("made", [ARM], indirect=True)
+def test_python_on_a_clean_arm_system(made: Made, tmp_path: Path) -> None:
+    python = arm_python.make(tmp_path)
+    qemu = shutil.which("qemu-aarch64-static")
+    assert qemu is not None
+    shutil.copy(qemu, tmp_path / "qemu")
+    shutil.copytree(made.package, tmp_path / "package")
+    shutil.copy(EXAMPLES / "python" / "classify.py", tmp_path)
+    shutil.copy(made.root / "images.npy", tmp_path)
+    enter = ["chroot"] if os.geteuid() == 0 else ["unshare", "--map-root-user", "chroot"]
+    command = [*enter, str(tmp_path), "/qemu", str(python), "/classify.py", "/package", "/images.npy"]
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": "/packages"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     assert [int(line) for line in done.stdout.split()] == made.classes
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,23 @@ class _Step:
     out: int
     site: str | None
     free: tuple[int, ...]  # slots that nothing after this step reads
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One run of the function: the values of its symbolic dimensions, and its constants."""
+
+    dims: Dims
+    constants: dict[str, Any]
+
+    def step(self, step: _Step, env: list[Any]) -> tuple[list[Any], Any]:
+        """Do a step in an environment, the values by slot; returns its arguments and its value."""
+        args = [evaluate(env, self.constants, self.dims) for evaluate in step.args]
+        value = args[0] if step.compute is None else step.compute(*args)
+        env[step.out] = value
+        for slot in step.free:
+            env[slot] = None
+        return args, value
 
 
 class TorchBridge(nn.Module):
@@ -117,27 +134,50 @@ class TorchBridge(nn.Module):
         ``tap(site, input, output)`` is called at every site; ``output`` is the convolution's, before its bias.
         ``watch`` lists variables of `function`, each with what to call as soon as it has its value.
         """
-        dims = self._dims(x)
         watched: dict[int, list[Callable[[Tensor], None]]] = {}
         for var, call in watch:
             watched.setdefault(self._slots[var], []).append(call)
-        constants: dict[str, Any] = {**self._parameters, **self._buffers}
+        run = _Run(self._dims(x), {**self._parameters, **self._buffers})
         env: list[Any] = [None] * len(self._slots)
         env[0] = x
         for call in watched.get(0, ()):
             call(x)
         with torch.device(x.device) if self._creates else contextlib.nullcontext():
             for step in self._steps:
-                args = [evaluate(env, constants, dims) for evaluate in step.args]
-                value = args[0] if step.compute is None else step.compute(*args)
+                args, value = run.step(step, env)
                 if tap is not None and step.site is not None:
                     tap(step.site, args[0], value)
                 for call in watched.get(step.out, ()):
                     call(value)
-                env[step.out] = value
-                for slot in step.free:
-                    env[slot] = None
-            return self._result(env, constants, dims)
+            return self._result(env, run.constants, run.dims)
+
+    def forked(self, x: Tensor, site: str, instead: Sequence[Callable[[Tensor], Tensor]]) -> list[Tensor]:
+        """The outputs with each of these functions in the place of a site's convolution, without its bias.
+
+        What comes before the site is computed once.
+
+        Raises
+        ------
+        KeyError
+            If there is no such site.
+        """
+        if site not in self._sites:
+            raise KeyError(site)
+        run = _Run(self._dims(x), {**self._parameters, **self._buffers})
+        at = next(i for i, step in enumerate(self._steps) if step.site == site)
+        env: list[Any] = [None] * len(self._slots)
+        env[0] = x
+        outputs = []
+        with torch.device(x.device) if self._creates else contextlib.nullcontext():
+            for step in self._steps[:at]:
+                run.step(step, env)
+            for compute in instead:
+                branch = list(env)
+                run.step(replace(self._steps[at], compute=lambda image, _weight, own=compute: own(image)), branch)
+                for step in self._steps[at + 1 :]:
+                    run.step(step, branch)
+                outputs.append(self._result(branch, run.constants, run.dims))
+        return outputs
 
     def to_relax(self) -> IRModule:
         """The module with the current parameters as the function's constants; everything else is the same."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -12,8 +12,10 @@ from torch.nn import functional as F
 
 from tvm_lowrank.bridge import TorchBridge
 from tvm_lowrank.graph import Site
-from tvm_lowrank.methods import ConvSpec, Moments, Pair
+from tvm_lowrank.methods import Chain, ConvSpec, Moments, Pair
+from tvm_lowrank.torch_nn import chain
 
+BATCH_PIXELS = 1_600_000  # of a batch: a hundred images of 126x126, or 31 of 224x224
 POSITIONS = 32  # output positions an image and site; 300 columns are already near convergence
 
 
@@ -58,7 +60,6 @@ def collect_moments(
     sites: Sequence[Site],
     images: np.ndarray,
     *,
-    batch: int = 100,
     seed: int = 0,
     advance: Callable[[int], object] = lambda done: None,
 ) -> dict[str, Moments]:
@@ -85,8 +86,7 @@ def collect_moments(
         sums[name] = sums[name] + total if name in sums else total
         products[name] = products[name] + product if name in products else product
 
-    for start in range(0, len(images), batch):
-        chunk = torch.from_numpy(images[start : start + batch])
+    for start, chunk in batches(images):  # noqa: B007 - the tap reads it
         bridge(chunk, tap=tap)
         advance(len(chunk))
     moments = {}
@@ -102,7 +102,6 @@ def collect_fisher(
     sites: Sequence[Site],
     images: np.ndarray,
     *,
-    batch: int = 100,
     seed: int = 0,
     advance: Callable[[int], object] = lambda done: None,
 ) -> dict[str, np.ndarray]:
@@ -119,8 +118,8 @@ def collect_fisher(
     wanted = {site.id for site in sites}
     generator = torch.Generator().manual_seed(seed)
     sums: dict[str, Tensor] = {}
-    for start in range(0, len(images), batch):
-        chunk = torch.from_numpy(images[start : start + batch]).requires_grad_(True)
+    for _, chunk in batches(images):
+        chunk.requires_grad_(True)
         outputs: dict[str, Tensor] = {}
 
         def tap(name: str, _: Tensor, output: Tensor, outputs: dict[str, Tensor] = outputs) -> None:
@@ -141,8 +140,26 @@ def collect_fisher(
 
 
 @torch.no_grad()
-def predict(bridge: TorchBridge, images: np.ndarray, *, batch: int = 100) -> np.ndarray:
+def predict(bridge: TorchBridge, images: np.ndarray) -> np.ndarray:
     """The network's outputs for float32 NCHW images, in one array."""
-    return np.concatenate(
-        [bridge(torch.from_numpy(images[i : i + batch])).numpy() for i in range(0, len(images), batch)]
-    )
+    return np.concatenate([bridge(chunk).numpy() for _, chunk in batches(images)])
+
+
+@torch.no_grad()
+def predict_each(bridge: TorchBridge, images: np.ndarray, site: str, chains: Sequence[Chain]) -> list[np.ndarray]:
+    """The outputs with each of these chains in the place of a site; what comes before it is computed once."""
+    instead = [chain(own.convs, own.bias_correction) for own in chains]
+    parts = [bridge.forked(chunk, site, instead) for _, chunk in batches(images)]
+    return [np.concatenate([part[i].numpy() for part in parts]) for i in range(len(chains))]
+
+
+def batches(images: np.ndarray) -> Iterator[tuple[int, Tensor]]:
+    """Images in batches that need a moderate amount of memory, each with the number of its first image."""
+    count = batch_of(images)
+    for start in range(0, len(images), count):
+        yield start, torch.from_numpy(images[start : start + count])
+
+
+def batch_of(images: np.ndarray) -> int:
+    """How many images (n, C, H, W) to compute at once: 100, or fewer large ones."""
+    return int(np.clip(BATCH_PIXELS // (images.shape[2] * images.shape[3]), 4, 100))

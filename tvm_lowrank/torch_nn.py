@@ -5,12 +5,15 @@ Importing this module adds them to `torch_ops.OPERATORS`. Data is NCHW, weights 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tvm_lowrank.methods.chain import Conv
 from tvm_lowrank.torch_ops import OPERATORS, Compute, Make, ints, need, operator
 
 
@@ -85,6 +88,22 @@ def _convolution(compute: Compute, layout: str) -> Make:
         return lambda x, weight: compute(x, weight, padding=common, **options)
 
     return make
+
+
+def chain(convs: Sequence[Conv], bias: np.ndarray | None) -> Callable[[Tensor], Tensor]:
+    """The convolutions of a chain, and what is added after the last, (N,), as a function of NCHW images."""
+    weights = [torch.from_numpy(np.ascontiguousarray(conv.weight)) for conv in convs]
+    added = None if bias is None else torch.from_numpy(bias.reshape(1, -1, 1, 1))
+
+    def compute(x: Tensor) -> Tensor:
+        for conv, weight in zip(convs, weights, strict=True):
+            spec = conv.spec
+            common, rest = _split_padding(spec.padding)
+            x = F.pad(x, rest) if any(rest) else x
+            x = F.conv2d(x, weight, None, spec.strides, common, spec.dilation, spec.groups)
+        return x if added is None else x + added
+
+    return compute
 
 
 OPERATORS["relax.nn.conv1d"] = _convolution(F.conv1d, "NCW")
