@@ -348,6 +348,8 @@ def reason(search: Search, site: Site, choice: Choice) -> str:
         saved = dense - search.times.estimate(name, choice)
         return f"saves {saved:.3f} ms for a predicted {damages[choice]:.4f} nats"
     measured = [(ms, c) for c in damages if (ms := search.times.measured(name, c)) is not None]
+    if not measured:
+        return "left dense: no chain is worth its damage, by what is predicted"
     ms, best = min(measured, key=lambda pair: pair[0])
     if ms >= dense:
         return f"left dense: no measured chain is faster ({best} takes {ms - dense:+.3f} ms)"

@@ -281,13 +281,14 @@ class Search:
         ``kept`` are those found so far, fastest first. After a few fine-tuned ones come those that are not.
         """
         limit = than.limit * BACK_OFF
-        for other in kept:
-            if other.finetuned == than.finetuned and other.limit <= limit:
-                return other
+        known = [other for other in kept if other.finetuned == than.finetuned and other.limit <= limit]
         judge = partial(self.evaluate, fit="finetuned") if than.finetuned else self.evaluate_shortly
         least = than.limit * BACK_OFF**MOST_FINETUNED if than.finetuned else LEAST_LIMIT
         try:
             while limit > least:
+                near = next((other for other in known if other.limit > limit * BACK_OFF), None)
+                if near is not None:
+                    return near
                 result = judge(self.placed(limit))
                 if not result.plan:
                     break
@@ -295,7 +296,8 @@ class Search:
                     return result
                 limit *= BACK_OFF
         except TimeUp:
-            pass
+            if known:
+                return known[0]
         return next((other for other in kept if not other.finetuned), None) if than.finetuned else None
 
     def _explore(self, kept: list[Evaluated], evaluate: Callable[[Placed], Evaluated], limit: float, most: int) -> None:

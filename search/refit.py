@@ -136,7 +136,7 @@ def refit(
     targets: Mapping[str, Target],
     *,
     fisher: Mapping[str, np.ndarray] | None = None,
-    known: Mapping[tuple[str, str], Factors] | None = None,
+    known: Callable[[str, str], Factors] | None = None,
     nonlinear: bool = True,
     seed: int = 0,
     advance: Callable[[], object] = lambda: None,
@@ -149,7 +149,7 @@ def refit(
     images : calibration images, float32 NCHW.
     targets : what `dense_outputs` returned for the same images and seed.
     fisher : Fisher information (N, N) of the sites' outputs, which weights their errors where it is given.
-    known : factors of the dense weights by site and method, near which CP solves start.
+    known : the factors of the dense weights of a site, by a method; CP solves start near them.
     nonlinear : minimise the error after residual addition, activation and max-pool, not that of the output itself.
     advance : called after each site.
     """
@@ -165,7 +165,7 @@ def refit(
                 chains[site.id] = _of_weights(site, choice, columns, target)
                 advance()
                 continue
-            factors = (known or {}).get((site.id, choice.method)) if METHODS[choice.method].starts else None
+            factors = known(site.id, choice.method) if known and METHODS[choice.method].starts else None
             near = None if factors is None else factors.weights(choice.rank)
             regression = _Regression(site, choice, columns, (fisher or {}).get(site.id), near)
             if nonlinear:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import groupby
@@ -61,6 +61,7 @@ class Sensitivity:
         self._bridge = TorchBridge(mod)
         self._methods, self._lanes, self._synthetic = methods, lanes, synthetic
         self._share = share
+        self._factors: dict[tuple[str, str], Factors] = {}
 
     @cached_property
     def candidates(self) -> dict[str, list[Choice]]:
@@ -85,18 +86,13 @@ class Sensitivity:
         """What the dense network computes at every site with candidates, for the refit."""
         return dense_outputs(self._bridge, self._examined, self.images, seed=self.seed)
 
-    @cached_property
-    def factors(self) -> dict[tuple[str, str], Factors]:
-        """The factorisation of each (site, method) that has candidates."""
-        pairs = sorted({(name, choice.method) for name, choices in self.candidates.items() for choice in choices})
-        moments, fisher = self.moments, self.fisher
-
-        def factors(pair: tuple[str, str]) -> Factors:
-            name, method = pair
-            site = self.sites[name]
-            return factorise(site.weight, site.spec, method=method, moments=moments[name], fisher=fisher[name])
-
-        return dict(zip(pairs, _each(factors, pairs, "factorising"), strict=True))
+    def factors(self, name: str, method: str) -> Factors:
+        """The factorisation of a site, made when it is first asked for."""
+        if (name, method) not in self._factors:
+            site, moments, fisher = self.sites[name], self.moments[name], self.fisher[name]
+            found = factorise(site.weight, site.spec, method=method, moments=moments, fisher=fisher)
+            self._factors[name, method] = found
+        return self._factors[name, method]
 
     def network(self, plan: Mapping[str, Choice]) -> IRModule:
         """The network of a plan whose chains were decomposed one by one, in the norm of the data, and not fitted."""
@@ -111,7 +107,14 @@ class Sensitivity:
         images = self.images[: int(np.clip(PROBE_MACS / macs, FEWEST_IMAGES, PROBE_IMAGES))]
         dense = predict(self._bridge, images)
         names = list(self.candidates)
-        predicted = dict(zip(names, _each(self._predicted, names, "predicting damage"), strict=True))
+        unpredicted = [name for name in names if journal.get("predicted", name) is None]
+        if unpredicted:
+            _ = self.moments, self.fisher  # by all cores, before each core has a site of its own
+        for name, own in _each(self._predicted, unpredicted, "predicting damage"):
+            journal.record("predicted", name, [own[choice] for choice in self.candidates[name]])
+        predicted = {
+            name: dict(zip(self.candidates[name], journal.get("predicted", name), strict=True)) for name in names
+        }
         share = self._share / max(1, sum(bool(choices) for choices in self.candidates.values()))
         found: dict[str, dict[float, float]] = {}
         for name, own in console.track(predicted.items(), "probing damage", total=len(predicted)):
@@ -134,8 +137,9 @@ class Sensitivity:
     def _single(self, name: str, choice: Choice) -> Chain:
         """The chain of one candidate, decomposed by itself."""
         assert choice.rank is not None
-        factors = self.factors[name, choice.method]
-        return cut(choice.method, factors, choice.rank, self.sites[name].weight, self.moments[name])
+        return cut(
+            choice.method, self.factors(name, choice.method), choice.rank, self.sites[name].weight, self.moments[name]
+        )
 
     def _predicted(self, name: str) -> dict[Choice, float]:
         """Damage of a site's candidates to second order, in nats, before the refit."""
@@ -143,7 +147,7 @@ class Sensitivity:
 
         def error(choice: Choice) -> float:
             assert choice.rank is not None
-            return self.factors[name, choice.method].error(choice.rank)
+            return self.factors(name, choice.method).error(choice.rank)
 
         for method, group in groupby(self.candidates[name], key=lambda choice: choice.method):
             own = list(group)
@@ -155,8 +159,8 @@ class Sensitivity:
         return found
 
 
-def _each(function: Callable[[S], T], items: Sequence[S], description: str) -> list[T]:
-    """The function of every item, on all cores: linear algebra on one thread each."""
+def _each(function: Callable[[S], T], items: Sequence[S], description: str) -> Iterator[tuple[S, T]]:
+    """Every item with what the function makes of it, on all cores: linear algebra on one thread each."""
     with (
         threadpool_limits(1, user_api="blas"),
         ThreadPoolExecutor(os.cpu_count()) as pool,
@@ -168,4 +172,4 @@ def _each(function: Callable[[S], T], items: Sequence[S], description: str) -> l
             advance()
             return result
 
-        return list(pool.map(done, items))
+        yield from zip(items, pool.map(done, items), strict=True)
