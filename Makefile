@@ -1,6 +1,6 @@
 # make demo: compress the bundled example network for this machine (20 minutes on two cores, installation included)
 # make demo-arm: the same search for two emulated 64-bit ARM boards (needs g++-aarch64-linux-gnu and qemu-user-static)
-# make test: all checks, as in continuous integration; without these packages, clang and lld some are skipped
+# make test: all checks, as in continuous integration; some need the packages that .ci/run installs, and are skipped without
 # make docs: the documentation as a web site, in build/docs
 PYTHON ?= python3
 VENV := .venv
