@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 
 import tvm
 
-from tvm_lowrank.errors import MeasurementError
+from tvm_lowrank.errors import MeasurementError, UserError
 from tvm_lowrank.searching.bench import (
     BUILD_TIMEOUT,
     RUN_TIMEOUT,
@@ -28,7 +29,7 @@ from tvm_lowrank.searching.bench import (
 )
 from tvm_lowrank.searching.thermal import LOOK, REFERENCE_SECONDS, reference_job, settle
 
-PATIENCE = 10.0  # seconds that a busy machine is waited for
+PATIENCE = "TVM_LOWRANK_PATIENCE"  # names the seconds that a busy machine is waited for
 
 
 class LocalBench:
@@ -37,6 +38,7 @@ class LocalBench:
     def __init__(self, *, target: tvm.target.Target, threads: int, workers: int | None = None) -> None:
         self.goal, self.target, self.threads = target, tvm.ir.save_json(target), threads
         self.name, self.reference = "this machine", math.inf
+        self.patience = _patience()
         self.pool = WorkerPool(workers, threads=threads)
         self.jobs: list[Job] = []
         self.places: dict[int, tuple[Worker, int]] = {}  # handle to its worker, and which start of that worker
@@ -78,7 +80,7 @@ class LocalBench:
         (built,) = self.build([reference_job(self.goal)])
         if isinstance(built, TrialError):
             raise MeasurementError(f"this machine cannot run a small matrix product: {built}") from built
-        settle(self, lambda: min(self.time(built, REFERENCE_SECONDS)), limit=PATIENCE)
+        settle(self, lambda: min(self.time(built, REFERENCE_SECONDS)), limit=self.patience)
 
     def _build(self, worker: Worker, handle: int) -> int:
         job = self.jobs[handle]
@@ -86,6 +88,17 @@ class LocalBench:
         worker.request("build", handle, source, tiling, self.target, self.threads, timeout=BUILD_TIMEOUT)
         self.places[handle] = (worker, worker.starts)
         return handle
+
+
+def _patience() -> float:
+    text = os.environ.get(PATIENCE, "10")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < math.inf:
+        raise UserError(f"{PATIENCE}={text!r} is no number of seconds; give 0 or more, or unset it")
+    return seconds
 
 
 def measure_interleaved(

@@ -3,6 +3,7 @@ import math
 import subprocess
 import sys
 import threading
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -251,3 +252,14 @@ def test_tensor_intrinsics_are_not_imported(tmp_path, lowered):
         cwd=sys.prefix,  # not a checkout, which would hide the installed package
     )
     assert done.stdout.strip() == "False"
+
+
+def test_patience_with_a_busy_machine_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    for text, seconds in (("0", 0.0), ("2.5", 2.5)):
+        monkeypatch.setenv("TVM_LOWRANK_PATIENCE", text)
+        with closing(LocalBench(target=TARGET, threads=1, workers=1)) as bench:
+            assert bench.patience == seconds
+    for text in ("-1", "inf", "long"):
+        monkeypatch.setenv("TVM_LOWRANK_PATIENCE", text)
+        with pytest.raises(UserError, match=f"TVM_LOWRANK_PATIENCE='{text}' is no number of seconds"):
+            LocalBench(target=TARGET, threads=1, workers=1)
