@@ -274,7 +274,7 @@ def test_a_full_disk_ends_the_search_and_room_lets_it_go_on(reference: Reference
     last = said.splitlines()[-1]
     assert code == 2 and last.startswith("error: ") and f"cannot write {journal}: File too large; make room" in last
     kinds = [line["kind"] for line in lines(journal)]
-    assert kinds == ["run", "dense", "probe"] and journal.read_text().endswith("\n")
+    assert kinds == ["run", "dense", "predicted"] and journal.read_text().endswith("\n")
     code, said = place.finish()
     assert code == 0, said
     assert "torn" not in said
