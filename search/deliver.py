@@ -132,6 +132,21 @@ def describe(
     }
 
 
+def explain(
+    search: Search, plan: Plan, delivery: Delivery, why: Callable[[Site, Choice], str] | None = None
+) -> dict[str, Any]:
+    """`describe` a plan that a search found, with what it considered; ``why`` takes the place of its `reason`."""
+    return describe(
+        plan,
+        search.sites,
+        search.times,
+        delivery,
+        None if search.settings.synthetic else search.splits,
+        reason=why or partial(reason, search),
+        offers=offers(search, plan),
+    )
+
+
 def write_bundle(folder: Path, plan: Plan, network: IRModule, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Write what a bundle has beside its libraries; returns the completed manifest.
 
@@ -180,15 +195,7 @@ def _libraries(
         chosen, network, speedup, latency["compressed"] = Plan(), search.mod, 1.0, latency["dense"]
     if not chosen:
         scores = dense_scores
-    described = describe(
-        chosen,
-        search.sites,
-        search.times,
-        delivery,
-        search.splits,
-        reason=partial(reason, search),
-        offers=offers(search, chosen),
-    )
+    described = explain(search, chosen, delivery)
     looks = len(search.journal.of_kind("look"))
     entry = accuracy_entry(search.metric, dense_scores, scores, delivery.device, looks=looks)
     manifest = {**described, "budget": budget, "accuracy": entry, "latency_ms": latency, "speedup": speedup}

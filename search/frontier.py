@@ -14,7 +14,6 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +31,12 @@ from tvm_lowrank.searching.deliver import (
     Library,
     accuracy_entry,
     build_library,
-    describe,
+    explain,
     looked,
-    reason,
     summary,
     write_bundle,
 )
 from tvm_lowrank.searching.loop import FIRST_LIMIT, LEAST_LIMIT, MOST_LIMIT, Evaluated, Placed, Search
-from tvm_lowrank.searching.offers import offers
 from tvm_lowrank.searching.oracle import LatencyOracle
 
 FRONTIER = "frontier.json"
@@ -222,15 +219,7 @@ def _written(
         for name, file in (("dense.so", dense.file), ("model.so", point.file)):
             shutil.copyfile(out / file, folder / name)
         manifest = {
-            **describe(
-                plan,
-                search.sites,
-                search.times,
-                delivery,
-                search.splits,
-                reason=partial(reason, search),
-                offers=offers(search, plan),
-            ),
+            **explain(search, plan, delivery),
             "budget": None,
             "accuracy": accuracy,
             "latency_ms": {"dense": dense.latency, "compressed": point.latency, **how},

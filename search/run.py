@@ -28,7 +28,7 @@ from tvm_lowrank.importer import import_model
 from tvm_lowrank.methods import METHODS
 from tvm_lowrank.metric import load_metric
 from tvm_lowrank.plan import Plan
-from tvm_lowrank.report import REPORT
+from tvm_lowrank.report import JOURNAL, REPORT
 from tvm_lowrank.searching.deliver import Delivery, deliver, deliver_plan, dense_latency, reason
 from tvm_lowrank.searching.device import Connection, Device, check_connection, open_device
 from tvm_lowrank.searching.frontier import FRONTIER, clear, deliver_frontier
@@ -44,7 +44,6 @@ from tvm_lowrank.targets.profile import Profile, load_profile
 from tvm_lowrank.targets.toolchain import cache_folder
 from tvm_lowrank.training_data import load_training, name_of
 
-JOURNAL = "journal.jsonl"
 FITTED = "fitted"  # folder of the networks that the search tried; goes away when it ends
 # quickly fitted, and their chains run at full speed; each method more costs time
 DEFAULT_METHODS = ("channel", "channel_in", "spatial", "spatial_rows", "tucker2", "cp3", "svd")

@@ -25,14 +25,13 @@ from tvm_lowrank.searching.deliver import (
     accuracy_entry,
     build_library,
     compare,
-    describe,
     end_to_end,
+    explain,
     looked,
     reason,
     write_bundle,
 )
 from tvm_lowrank.searching.loop import Search, plan_of
-from tvm_lowrank.searching.offers import offers
 from tvm_lowrank.searching.oracle import LatencyOracle
 from tvm_lowrank.transform import replace_sites, shape_chains
 
@@ -208,7 +207,7 @@ def _written(
     if not plan:
         console.phase(f"the tuned dense network is within {task.limit:g} ms; the bundle is this network")
     manifest = {
-        **describe(plan, search.sites, search.times, delivery, splits, reason=why, offers=offers(search, plan)),
+        **explain(search, plan, delivery, why),
         "budget": None,
         "max_latency_ms": task.limit,
         "predicted_damage": sum(search.damage[name][choice] for name, choice in plan.items()),

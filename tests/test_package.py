@@ -46,9 +46,14 @@ class Made:
     def run(self, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         """A program of the clean system, whose root folder is all that it sees."""
         emulator = [] if self.arch == host_arch() else ["/qemu"]
-        enter = ["chroot"] if os.geteuid() == 0 else ["unshare", "--map-root-user", "chroot"]
-        command = [*enter, str(self.root), *emulator, f"/bin/{program}", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, env={"PATH": os.environ["PATH"]}, timeout=120)
+        return inside(self.root, *emulator, f"/bin/{program}", *arguments)
+
+
+def inside(root: Path, *command: str, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command that sees nothing but a root folder."""
+    enter = ["chroot"] if os.geteuid() == 0 else ["unshare", "--map-root-user", "chroot"]
+    variables = {"PATH": os.environ["PATH"], **environment}
+    return subprocess.run([*enter, root, *command], capture_output=True, text=True, env=variables, timeout=timeout)
 
 
 @pytest.fixture(scope="module")
@@ -151,10 +156,8 @@ def test_python_on_a_clean_arm_system(made: Made, tmp_path: Path) -> None:
     shutil.copytree(made.package, tmp_path / "package")
     shutil.copy(EXAMPLES / "python" / "classify.py", tmp_path)
     shutil.copy(made.root / "images.npy", tmp_path)
-    enter = ["chroot"] if os.geteuid() == 0 else ["unshare", "--map-root-user", "chroot"]
-    command = [*enter, str(tmp_path), "/qemu", str(python), "/classify.py", "/package", "/images.npy"]
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": "/packages"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    command = ("/qemu", str(python), "/classify.py", "/package", "/images.npy")
+    done = inside(tmp_path, *command, timeout=300, PYTHONPATH="/packages")
     assert done.returncode == 0, done.stderr
     assert [int(line) for line in done.stdout.split()] == made.classes
 
