@@ -2,9 +2,11 @@
 
 The loss is (1 - a) cross-entropy(labels) + a T^2 KL(teacher at T || student at T) (Hinton et al. 2015). The factors of
 a chain are balanced first: a decomposition may leave one of them fifty times smaller than the other, and then no
-learning rate fits both. The best epoch by the selection score wins, and the network as it came takes part as epoch 0.
-After every epoch all that the next one depends on is written to a file, so that a killed run goes on with the same
-bits. Under `torchrun` each worker takes its share of the batches, and the gradients are averaged.
+learning rate fits both. The epoch that is nearest to the dense network on the selection images wins, and the network as
+it came takes part as epoch 0: the divergence moves smoothly where counted answers jump, and the labels of these images
+are still unused when the result is judged by them. After every epoch all that the next one depends on is written to a
+file, so that a killed run goes on with the same bits. Under `torchrun` each worker takes its share of the batches, and
+the gradients are averaged.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,7 +41,7 @@ from tvm_lowrank.training_data import Batch, Batches
 T = TypeVar("T")
 
 CP_METHODS = ("cp3", "cp4")
-_VERSION = 1  # of the checkpoint and of the arithmetic
+_VERSION = 2  # of the checkpoint and of the arithmetic
 
 
 @dataclass(frozen=True)
@@ -91,12 +93,20 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Judged:
+    """A network on the selection split: its damage, in nats an image, and its score, in percent."""
+
+    damage: float
+    score: float
+
+
+@dataclass(frozen=True)
 class Epoch:
-    """One pass over the training images: mean loss in nats, selection score after it in percent, duration in s."""
+    """One pass over the training images: mean loss in nats, the network after it, duration in s."""
 
     number: int
     loss: float
-    score: float
+    judged: Judged
     seconds: float
 
 
@@ -104,11 +114,11 @@ class Epoch:
 class Result:
     """What fine-tuning did to a network.
 
-    ``start`` is the selection score before it, in percent, and ``score`` that of the best epoch, number ``best`` (0:
-    the network is as it came). ``diverged`` says that the loss stopped being finite before the last epoch.
+    ``start`` is the network before it, and ``kept`` that of the best epoch, number ``best`` (0: as it came).
+    ``diverged`` says that the loss stopped being finite before the last epoch.
     """
 
-    start: float
+    start: Judged
     epochs: tuple[Epoch, ...] = ()
     diverged: bool = False
 
@@ -118,12 +128,16 @@ class Result:
 
     @property
     def best(self) -> int:
-        scores = [self.start, *(epoch.score for epoch in self.epochs)]
-        return max(range(len(scores)), key=lambda i: -math.inf if math.isnan(scores[i]) else scores[i])
+        damages = [judged.damage for judged in self._all]
+        return min(range(len(damages)), key=lambda i: math.inf if math.isnan(damages[i]) else damages[i])
 
     @property
-    def score(self) -> float:
-        return self.epochs[self.best - 1].score if self.best else self.start
+    def kept(self) -> Judged:
+        return self._all[self.best]
+
+    @property
+    def _all(self) -> list[Judged]:
+        return [self.start, *(epoch.judged for epoch in self.epochs)]
 
 
 def finetune(
@@ -132,7 +146,7 @@ def finetune(
     settings: Settings,
     *,
     teacher: TorchBridge,
-    judge: Callable[[TorchBridge], float],
+    judge: Callable[[TorchBridge], Judged],
     folder: Path,
     key: str = "",
     workers: Workers | None = None,
@@ -151,7 +165,7 @@ def finetune(
         NCHW and int64 (n,). For a resumed run to give the same bits they must depend on nothing but that number and
         the global generators of torch, numpy and Python, which are seeded for every epoch.
     teacher : the dense network.
-    judge : the selection score of a network in percent, higher is better.
+    judge : a network on the selection split.
     folder : where the checkpoint is kept. A run that was killed goes on from it, and one that ended is not repeated.
     key : what else the result depends on, such as the names of the training data and of the metric. The parameters,
         the settings and the number of workers are part of the checkpoint's key already.
@@ -172,7 +186,7 @@ def finetune(
         trainer = _Trainer(bridge, teacher, settings, workers)
         state = workers.of_first(partial(_read, path, key))
         if state is None:
-            state = workers.of_first(lambda: _State(Result(float(judge(bridge))), values_of(bridge), *trainer.save()))
+            state = workers.of_first(lambda: _State(Result(judge(bridge)), values_of(bridge), *trainer.save()))
             workers.only_first(partial(_write, path, key, state))
         elif not state.result.ended(settings.epochs):
             trainer.load(state)
@@ -200,7 +214,7 @@ def _epochs(
     state: _State,
     bridge: TorchBridge,
     batches: Batches,
-    judge: Callable[[TorchBridge], float],
+    judge: Callable[[TorchBridge], Judged],
     deadline: float,
 ) -> Iterator[_State]:
     """The state after each epoch that is left; the student's parameters are copied to `bridge` to be judged."""
@@ -227,14 +241,15 @@ def _epochs(
                 return
             weights, optimiser = trainer.save()
             assign(bridge, weights)
-            score = workers.of_first(lambda: float(judge(bridge)))
-            done = Epoch(number, loss, score, time.monotonic() - began)
+            judged = workers.of_first(partial(judge, bridge))
+            done = Epoch(number, loss, judged, time.monotonic() - began)
             result = replace(result, epochs=(*result.epochs, done))
             best = weights if result.best == number else best
             left = (time.monotonic() - started) / (number - first + 1) * (epochs - number)
             workers.say(
-                f"epoch {number} of {epochs}: loss {loss:.3f}, selection {score:.2f} %, best {result.score:.2f} % "
-                f"after epoch {result.best}" + (f"; {left:.0f} s left" if number < epochs else "")
+                f"epoch {number} of {epochs}: loss {loss:.3f}; on the selection images {judged.damage:.4f} nats of "
+                f"damage, {judged.score:.2f} %; best epoch {result.best} (before training {result.start.damage:.4f})"
+                + (f"; {left:.0f} s left" if number < epochs else "")
             )
             yield _State(result, best, weights, optimiser) if number < epochs else _State(result, best, [], {})
 
@@ -373,8 +388,8 @@ def _write(path: Path, key: str, state: _State) -> None:
     """Put a checkpoint in the place of the last one, which stays whole until then."""
     content = {
         "key": key,
-        "start": state.result.start,
-        "epochs": [list(astuple(epoch)) for epoch in state.result.epochs],
+        "start": asdict(state.result.start),
+        "epochs": [asdict(epoch) for epoch in state.result.epochs],
         "diverged": state.result.diverged,
         "best": state.best,
         "weights": state.weights,
@@ -392,7 +407,8 @@ def _read(path: Path, key: str) -> _State | None:
         return None
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        result = Result(saved["start"], tuple(Epoch(*epoch) for epoch in saved["epochs"]), saved["diverged"])
+        epochs = tuple(Epoch(**{**epoch, "judged": Judged(**epoch["judged"])}) for epoch in saved["epochs"])
+        result = Result(Judged(**saved["start"]), epochs, saved["diverged"])
         state = _State(result, saved["best"], saved["weights"], saved["optimiser"])
         own = saved["key"] == key
     # torch, pickle and zipfile have exceptions of their own for damaged files

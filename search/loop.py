@@ -30,6 +30,7 @@ from tvm_lowrank.metric import Metric, accuracy, paired_drop
 from tvm_lowrank.plan import DENSE, Choice, Plan
 from tvm_lowrank.searching.allocate import Option, allocate
 from tvm_lowrank.searching.damage import divergence
+from tvm_lowrank.searching.finetune import Judged
 from tvm_lowrank.searching.journal import Journal
 from tvm_lowrank.searching.networks import Fit, Networks, Training
 from tvm_lowrank.searching.sensitivity import Sensitivity
@@ -39,7 +40,7 @@ FIRST_LIMIT = 0.01  # nats: near the damage that costs a point, so that few step
 STEP = 2.5  # factor between limits until one fails and one keeps the budget
 CLOSE = 1.3  # factor between those two at which the loop ends: plans this near differ by a few percent in time
 MOST_EVALUATIONS = 12
-FINETUNED_STEP = 8.0  # factor from the limit that the reconstruction reaches to where the fine-tuning begins
+FINETUNED_STEP = 3.0  # factor from the limit that the reconstruction reaches to where the fine-tuning begins
 MOST_FINETUNED = 4
 BACK_OFF = 0.7  # factor on the limit after a plan failed on the evaluation split
 LEAST_LIMIT, MOST_LIMIT = 1e-6, 10.0  # nats; beyond these nothing changes any more
@@ -128,7 +129,7 @@ class Search:
         self.networks = Networks(
             self.sensitivity,
             splits.selection[0],
-            self._score,
+            self._judged,
             folder=folder,
             training=training,
             deadline=settings.deadline,
@@ -229,10 +230,11 @@ class Search:
     def _answers(self, mod: IRModule) -> np.ndarray:
         return predict(TorchBridge(mod), self.splits.selection[0])
 
-    def _score(self, bridge: TorchBridge) -> float:
-        """The metric of a network on the selection images, in percent."""
+    def _judged(self, bridge: TorchBridge) -> Judged:
+        """A network on the selection split."""
         images, labels = self.splits.selection
-        return accuracy(self.metric.scores(predict(bridge, images), labels))
+        logits = predict(bridge, images)
+        return Judged(divergence(self.dense_selection, logits), accuracy(self.metric.scores(logits, labels)))
 
     def prepare(self) -> None:
         """Find the damage of all candidates, and time the dense network: the surrogate's first data."""

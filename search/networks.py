@@ -16,7 +16,7 @@ from tvm_lowrank.bridge import TorchBridge
 from tvm_lowrank.errors import TimeUp
 from tvm_lowrank.graph import find_sites
 from tvm_lowrank.plan import Choice, Plan
-from tvm_lowrank.searching.finetune import Settings, finetune
+from tvm_lowrank.searching.finetune import Judged, Settings, finetune
 from tvm_lowrank.searching.fitted import FittedNetworks
 from tvm_lowrank.searching.reconstruct import reconstruct_if_better
 from tvm_lowrank.searching.refit import refit
@@ -53,7 +53,7 @@ class Training:
         bridge: TorchBridge,
         plan: Plan,
         teacher: TorchBridge,
-        judge: Callable[[TorchBridge], float],
+        judge: Callable[[TorchBridge], Judged],
         folder: Path,
         deadline: float,
     ) -> None:
@@ -83,7 +83,7 @@ class Networks:
     Parameters
     ----------
     selection : images on which reconstructions are compared, float32 NCHW.
-    judge : the score of a network on the selection split in percent, by which the best epoch is chosen.
+    judge : a network on the selection split, by whose damage the best epoch is chosen.
     folder : where fitted networks and checkpoints are kept; needed for `training`.
     deadline : as `time.monotonic` counts; training that would not end before raises TimeUp.
     """
@@ -92,7 +92,7 @@ class Networks:
         self,
         sensitivity: Sensitivity,
         selection: np.ndarray,
-        judge: Callable[[TorchBridge], float],
+        judge: Callable[[TorchBridge], Judged],
         *,
         folder: Path | None = None,
         training: Training | None = None,
@@ -187,7 +187,7 @@ class Networks:
 def follow(mod: IRModule, training: Training) -> None:
     """What workers besides the first do during a search: train each network that it trains, until `dismiss`."""
 
-    def nobody(bridge: TorchBridge) -> float:
+    def nobody(bridge: TorchBridge) -> Judged:
         raise AssertionError("only the first worker judges")
 
     while (text := training.workers.of_first(str)) is not None:

@@ -40,7 +40,7 @@ class Learner:
         # channels last: 1.6 times as fast with bfloat16 on a processor with AVX-512
         self.bridge = bridge.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.bridge.requires_grad_(learns)
-        self._half = _has_bfloat16(self.device)
+        self._half = has_bfloat16(self.device)
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -86,7 +86,7 @@ def ramp(done: float, warm_up: float) -> float:
     return (1 + math.cos(math.pi * (done - warm_up) / (1 - warm_up))) / 2
 
 
-def _has_bfloat16(device: torch.device) -> bool:
+def has_bfloat16(device: torch.device) -> bool:
     """Whether a device computes in bfloat16; PyTorch would emulate it on processors that do not."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)

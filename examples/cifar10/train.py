@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tvm_lowrank import example
+from tvm_lowrank.searching.training import has_bfloat16
 
 TRAIN_SHEETS = [f"data_batch_{i}.png" for i in range(1, 6)]
 HELD_OUT = CALIBRATION = 1000
@@ -103,7 +104,7 @@ def train(net: nn.Module, x: Tensor, y: Tensor, *, epochs: int, batch: int, rate
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda i: 0.1 + 0.9 * i / peak if i < peak else max(0.0, (total - i) / (total - peak))
     )
-    average = deepcopy(net)
+    average, half = deepcopy(net), has_bfloat16(x.device)
     parity = torch.rand(len(x), device=x.device) < 0.5
     start, step = time.time(), 0
     for epoch in range(epochs):
@@ -111,7 +112,7 @@ def train(net: nn.Module, x: Tensor, y: Tensor, *, epochs: int, batch: int, rate
         losses = []
         for picked in torch.randperm(len(x), device=x.device)[: steps * batch].split(batch):
             images = augment(x[picked], parity[picked] ^ (epoch % 2 == 1), shift=4, hole=8)
-            with torch.autocast(x.device.type, torch.bfloat16):
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
                 logits = net(images.contiguous(memory_format=torch.channels_last))
             loss = F.cross_entropy(logits.float(), y[picked], label_smoothing=0.1)
             optimiser.zero_grad(set_to_none=True)

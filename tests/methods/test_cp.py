@@ -17,6 +17,7 @@ from tvm_lowrank.methods.cp import CP3, CP4, CPFactors, Format
 from tvm_lowrank.methods.cp_als import als, greedy, start
 from tvm_lowrank.methods.cp_solver import (
     MAX_SPREAD,
+    Effort,
     Normal,
     conjugate_gradients,
     correct,
@@ -101,7 +102,7 @@ def test_recovers_low_rank_tensors(shape: tuple[int, ...], rank: int) -> None:
     rng = np.random.default_rng(rank)
     stack = rng.standard_normal((sum(shape), rank)) + 0.5
     tensor = tensor_of(stack, shape)
-    found = solve(tensor, starts_for(tensor, rank), iterations=200)
+    found = solve(tensor, starts_for(tensor, rank), Effort(iterations=200))
     assert error_of(tensor, found) < 1e-4
     assert spread(found, shape) <= MAX_SPREAD * np.sum(tensor**2)
 
@@ -145,7 +146,7 @@ def test_never_degenerate() -> None:
     starts = starts_for(tensor, 2)
     diverged = als(tensor, starts[1], sweeps=10000)
     assert spread(diverged, tensor.shape) > 4 * MAX_SPREAD * np.sum(tensor**2)
-    found = solve(tensor, starts, iterations=300)
+    found = solve(tensor, starts, Effort(iterations=300))
     assert spread(found, tensor.shape) <= MAX_SPREAD * np.sum(tensor**2)
     assert error_of(tensor, found) < 0.35
 
@@ -179,8 +180,8 @@ def test_every_step_lowers_the_penalised_error_and_is_reported() -> None:
 def test_single_precision_does_as_well() -> None:
     tensor = example.model().conv2.weight.detach().numpy()
     starts = starts_for(tensor.astype(float), 24)
-    double = solve(tensor.astype(float), starts, iterations=40)
-    single = solve(tensor, [stack.astype(np.float32) for stack in starts], iterations=40)
+    double = solve(tensor.astype(float), starts, Effort(iterations=40))
+    single = solve(tensor, [stack.astype(np.float32) for stack in starts], Effort(iterations=40))
     assert single.dtype == np.float32
     assert error_of(tensor, single) == pytest.approx(error_of(tensor, double), rel=2e-3)
 
@@ -188,7 +189,7 @@ def test_single_precision_does_as_well() -> None:
 def test_dead_channels_and_zero_weights() -> None:
     tensor = np.random.default_rng(7).standard_normal((6, 5, 3, 3))
     tensor[:, 2] = tensor[4] = 0
-    assert np.isfinite(solve(tensor, starts_for(tensor, 30), iterations=20)).all()
+    assert np.isfinite(solve(tensor, starts_for(tensor, 30), Effort(iterations=20))).all()
     nothing = np.zeros((4, 3, 3, 3))
     stack = solve(nothing, starts_for(nothing, 4))
     assert not tensor_of(stack, nothing.shape).any()

@@ -21,7 +21,8 @@ from tvm_lowrank.calibrate import predict
 from tvm_lowrank.errors import TimeUp, UserError
 from tvm_lowrank.importer import import_model
 from tvm_lowrank.plan import Choice, Plan
-from tvm_lowrank.searching.finetune import Result, Settings, finetune
+from tvm_lowrank.searching.damage import divergence
+from tvm_lowrank.searching.finetune import Judged, Result, Settings, finetune
 from tvm_lowrank.transform import DecomposeConv2D
 
 PLAN = Plan({"0": Choice("cp3", 8), "2": Choice("spatial", 4)})
@@ -41,7 +42,8 @@ def network() -> IRModule:
 
 
 DENSE = network()
-Y = predict(TorchBridge(DENSE), X).argmax(axis=1)
+LOGITS = predict(TorchBridge(DENSE), X)
+Y = LOGITS.argmax(axis=1)
 SMALL = DecomposeConv2D(PLAN)(DENSE)
 
 
@@ -57,14 +59,16 @@ def noisy(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 @dataclass
 class Judge:
-    """Accuracy in percent, or given scores one after another."""
+    """Damage in nats, or given ones one after another, and accuracy in percent."""
 
-    scores: list[float] = field(default_factory=list)
+    damages: list[float] = field(default_factory=list)
     seen: list[list[np.ndarray]] = field(default_factory=list)
 
-    def __call__(self, bridge: TorchBridge) -> float:
+    def __call__(self, bridge: TorchBridge) -> Judged:
         self.seen.append(parameters(bridge))
-        return self.scores[len(self.seen) - 1] if self.scores else 100 * np.mean(predict(bridge, X).argmax(1) == Y)
+        logits = predict(bridge, X)
+        damage = self.damages[len(self.seen) - 1] if self.damages else divergence(LOGITS, logits)
+        return Judged(damage, 100 * float(np.mean(logits.argmax(1) == Y)))
 
 
 def parameters(bridge: TorchBridge) -> list[np.ndarray]:
@@ -103,20 +107,21 @@ def test_learns(tune: Tune) -> None:
     tuned = tune(replace(SETTINGS, epochs=15), data=batches)
     losses = [epoch.loss for epoch in tuned.result.epochs]
     assert losses[-1] < losses[0] / 2
-    assert tuned.result.score > tuned.result.start + 10
+    assert tuned.result.kept.score > tuned.result.start.score + 10
+    assert tuned.result.kept.damage < tuned.result.start.damage / 2
     assert [epoch.number for epoch in tuned.result.epochs] == list(range(1, 16))
     bridge = TorchBridge(SMALL)
     for p, value in zip(bridge.parameters(), tuned.parameters, strict=True):
         p.data.copy_(torch.from_numpy(value))
-    assert Judge()(bridge) == tuned.result.score
+    assert Judge()(bridge) == tuned.result.kept
 
 
 @pytest.mark.parametrize(
-    ("scores", "best"), [([50, 60, 70, 65], 2), ([50, 40, 50, 30], 0), ([50, float("nan"), 51, 52], 3)]
+    ("damages", "best"), [([5, 4, 3, 3.5], 2), ([5, 6, 5, 7], 0), ([5, float("nan"), 4.9, 4.8], 3)]
 )
-def test_the_best_epoch_wins(scores: list[float], best: int, tune: Tune) -> None:
-    tuned = tune(judge=Judge(scores))
-    assert (tuned.result.best, tuned.result.score, tuned.result.start) == (best, scores[best], 50)
+def test_the_epoch_nearest_to_the_dense_network_wins(damages: list[float], best: int, tune: Tune) -> None:
+    tuned = tune(judge=Judge(damages))
+    assert (tuned.result.best, tuned.result.kept.damage, tuned.result.start.damage) == (best, damages[best], 5)
     assert equal(tuned.parameters, tuned.judge.seen[best])
     assert equal(tuned.judge.seen[0], parameters(TorchBridge(SMALL)))
 
@@ -129,7 +134,7 @@ def test_only_labels_or_only_the_teacher(tune: Tune) -> None:
 
     settings = replace(SETTINGS, epochs=8)
     by_teacher, by_labels = (
-        tune(replace(settings, distil=share), data=mislabelled, folder="b").result.epochs[-1].score
+        tune(replace(settings, distil=share), data=mislabelled, folder="b").result.epochs[-1].judged.score
         for share in (1.0, 0.0)
     )
     assert by_teacher > by_labels + 20
@@ -155,7 +160,7 @@ def test_a_killed_run_goes_on_with_the_same_bits(tune: Tune) -> None:
     assert calls == [2, 2, 3]  # the first to count its batches
     assert len(again.judge.seen) == 2
     assert equal(again.parameters, whole.parameters)
-    assert [(e.loss, e.score) for e in again.result.epochs] == [(e.loss, e.score) for e in whole.result.epochs]
+    assert [(e.loss, e.judged) for e in again.result.epochs] == [(e.loss, e.judged) for e in whole.result.epochs]
 
 
 def test_a_run_that_ended_is_not_repeated(tune: Tune) -> None:
@@ -232,7 +237,7 @@ def test_a_loss_that_is_not_finite_ends_it(tune: Tune, capsys: pytest.CaptureFix
         given = batches(epoch)
         return given if epoch == 1 else [*given[:2], (given[2][0] * float("inf"), given[2][1]), *given[3:]]
 
-    tuned = tune(data=broken, judge=Judge([50, 60]))
+    tuned = tune(data=broken, judge=Judge([5, 4]))
     assert "loss is not finite any more (epoch 2, batch 3)" in " ".join(capsys.readouterr().err.split())
     assert (tuned.result.diverged, tuned.result.best, len(tuned.result.epochs)) == (True, 1, 1)
     assert equal(tuned.parameters, tuned.judge.seen[1])
@@ -246,7 +251,7 @@ def test_rates_and_decay_of_the_groups(tune: Tune) -> None:
         name = "-".join(map(str, changes.values()))
         bridge = TorchBridge(SMALL)
         settings = replace(SETTINGS, epochs=1, **changes)
-        judge = Judge([0, 1])
+        judge = Judge([1, 0])
         tuned = tune(settings, data=lambda epoch: batches(1)[:1], judge=judge, folder=name)
         named = dict(zip((n for n, _ in bridge.named_parameters()), tuned.parameters, strict=True))
         own = {id(bridge.site_parameters(site).weight): site for site in bridge.sites}
@@ -269,7 +274,12 @@ def test_outputs_that_are_not_class_scores(tmp_path: Path) -> None:
     mod = import_model(nn.Conv2d(3, 4, 3), input_shape=(1, 3, 8, 8))
     with pytest.raises(UserError, match="outputs have shape 20x4x6x6; fine-tuning needs class scores"):
         finetune(
-            TorchBridge(mod), batches, SETTINGS, teacher=TorchBridge(mod), judge=lambda bridge: 0.0, folder=tmp_path
+            TorchBridge(mod),
+            batches,
+            SETTINGS,
+            teacher=TorchBridge(mod),
+            judge=lambda bridge: Judged(0.0, 0.0),
+            folder=tmp_path,
         )
 
 
@@ -293,7 +303,7 @@ rest = {"teacher": t.TorchBridge(t.DENSE), "judge": judge, "folder": Path("share
 batches = {"seven": lambda epoch: [*t.batches(epoch), *t.batches(epoch)[:1]], "one": lambda epoch: t.batches(epoch)[:1]}
 with joined() as workers:
     result = finetune(bridge, batches[sys.argv[2]], t.SETTINGS, workers=workers, **rest)
-np.savez(f"rank{rank}.npz", *t.parameters(bridge), judged=len(judge.seen), score=result.score)
+np.savez(f"rank{rank}.npz", *t.parameters(bridge), judged=len(judge.seen), score=result.kept.score)
 """
 
 

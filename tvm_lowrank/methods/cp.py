@@ -23,16 +23,14 @@ from threadpoolctl import threadpool_limits
 
 from tvm_lowrank.methods.chain import ConvSpec, Rank, as_int, compose
 from tvm_lowrank.methods.cp_als import Report, start, with_best_first
-from tvm_lowrank.methods.cp_solver import climb, solve
+from tvm_lowrank.methods.cp_solver import affordable, climb, solve
 from tvm_lowrank.methods.cp_terms import balanced, exact, norms, split
 from tvm_lowrank.methods.moments import Moments, grouped, output_power, square_roots
 from tvm_lowrank.methods.refit import refit_last
 
 FRESH = 16  # the ladder begins at this part of the dense convolution's MACs
-INNER = 25  # steps of conjugate gradients within each Gauss-Newton step
-BUDGET = 4e11  # floating-point operations of the Gauss-Newton steps of one solve, some seconds on one core
 WARM = 12  # sweeps and steps from the terms of a similar kernel
-SINGLE = 100_000  # entries from which precision and starts are single: time matters more there
+SINGLE = 20_000  # entries from which precision and starts are single; for 64 x 64 x 9 more gain nothing from rank 24 on
 
 
 @dataclass(frozen=True)
@@ -155,7 +153,9 @@ class CPFactors:
             warm = self._warm(group, rank)
             if warm is None:
                 return self._found(self.tensors[group], rank)
-            return solve(self.tensors[group], [warm], sweeps=WARM, iterations=WARM, inner=INNER, report=self.report)
+            most = affordable(self.tensors[group].shape, rank)
+            few = replace(most, sweeps=min(WARM, most.sweeps), iterations=min(WARM, most.iterations))
+            return solve(self.tensors[group], [warm], few, report=self.report)
 
     def _warm(self, group: int, rank: int) -> np.ndarray | None:
         """The terms of the similar kernel's chain with the best output factor for this one; None without such."""
@@ -169,8 +169,6 @@ class CPFactors:
 
     def _found(self, tensor: np.ndarray, rank: int) -> np.ndarray:
         """The solver's result from the top of the ladder, and from random starts where that is cheap."""
-        step = 4 * tensor.size * rank + (8 * INNER * sum(tensor.shape) + 4 * rank) * rank**2  # operations
-        iterations = int(np.clip(BUDGET / step, 8, 100))
         rungs = [rung for rung in ladder(rank - 1) if FRESH * rung >= self.format.parity(self.spec)]
         starts = [climb(tensor, [*rungs, rank])]
         if tensor.size < SINGLE:
@@ -179,7 +177,7 @@ class CPFactors:
         if 2 * rank > self.format.max_rank(self.spec):  # the exact terms without the smallest come close
             terms = exact(tensor)
             starts.append(terms[:, np.argsort(-norms(terms, tensor.shape), kind="stable")[:rank]])
-        return solve(tensor, starts, iterations=iterations, inner=INNER, report=self.report)
+        return solve(tensor, starts, affordable(tensor.shape, rank), report=self.report)
 
     def starting_from(self, weights: tuple[np.ndarray, ...]) -> CPFactors:
         """The same with the solver starting from the OIHW weights of the chain of a similar kernel, at its rank."""
