@@ -81,10 +81,13 @@ def collect_moments(
             return
         rows, cols = sample_positions(name, start, len(inputs), (outputs.shape[2], outputs.shape[3]), seed)
         columns = sample_columns(inputs, wanted[name].spec, rows, cols)
-        total, product = columns.double().sum(dim=1), (columns.transpose(1, 2) @ columns).double()
+        if name not in sums:
+            groups, _, size = columns.shape
+            sums[name] = torch.zeros(groups, size, dtype=torch.float64)
+            products[name] = torch.zeros(groups, size, size, dtype=torch.float64)
         counts[name] += columns.shape[1]
-        sums[name] = sums[name] + total if name in sums else total
-        products[name] = products[name] + product if name in products else product
+        sums[name] += columns.double().sum(dim=1)
+        products[name] += columns.transpose(1, 2) @ columns  # in place: a covariance may have a hundred megabytes
 
     for start, chunk in batches(images):  # noqa: B007 - the tap reads it
         bridge(chunk, tap=tap)

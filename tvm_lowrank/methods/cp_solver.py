@@ -27,7 +27,7 @@ from tvm_lowrank.methods.cp_als import Report, als, start
 from tvm_lowrank.methods.cp_terms import TINY, balanced, mttkrps, sections, split, spread, squared, tensor_of
 
 MAX_SPREAD = 10.0  # of a solution, relative to ||T||^2
-BUDGET = 4e11  # floating-point operations of the Gauss-Newton steps of one start, some seconds on one core
+BUDGET = 2e11  # floating-point operations of the Gauss-Newton steps of one start, some seconds on one core
 SWEEPS_BUDGET = 5e10  # those of the sweeps at one rank, and those of the correction
 ENOUGH = 40  # steps; where the budget pays for fewer, each is solved less exactly
 TWO_PHASES = 20  # steps from which some of them are spent on a large penalty
