@@ -34,8 +34,8 @@ from tvm_lowrank.errors import TimeUp, UserError
 from tvm_lowrank.files import replaced
 from tvm_lowrank.plan import Choice
 from tvm_lowrank.reference import summary
+from tvm_lowrank.searching.torchrun import Workers
 from tvm_lowrank.searching.training import Learner, assign, chain_of, ramp, values_of
-from tvm_lowrank.searching.workers import Workers
 from tvm_lowrank.training_data import Batch, Batches
 
 T = TypeVar("T")

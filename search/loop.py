@@ -2,9 +2,9 @@
 
     probe damages -> time dense -> [allocate for a damage limit -> time what it chose -> fit -> evaluate]
 
-The outer loop looks for the largest damage limit whose fitted network keeps the budget on the selection split. It is
-anytime: every network that kept the budget so far is an answer. Calibration and selection data only; the evaluation
-split is not touched here.
+The outer loop looks for the largest damage limit whose fitted network keeps the budget on the selection split; what it
+evaluates tells where that limit is (`tvm_lowrank.searching.drops`). It is anytime: every network that kept the budget
+so far is an answer. Calibration and selection data only; the evaluation split is not touched here.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from tvm_lowrank.metric import Metric, accuracy, paired_drop
 from tvm_lowrank.plan import DENSE, Choice, Plan
 from tvm_lowrank.searching.allocate import Option, allocate
 from tvm_lowrank.searching.damage import divergence
+from tvm_lowrank.searching.drops import Drops, limit_for
 from tvm_lowrank.searching.finetune import Judged
 from tvm_lowrank.searching.journal import Journal
 from tvm_lowrank.searching.networks import Fit, Networks, Training
@@ -37,8 +38,10 @@ from tvm_lowrank.searching.sensitivity import Sensitivity
 from tvm_lowrank.searching.times import SiteTimes
 
 FIRST_LIMIT = 0.01  # nats: near the damage that costs a point, so that few steps are needed from here
-STEP = 2.5  # factor between limits until one fails and one keeps the budget
-CLOSE = 1.3  # factor between those two at which the loop ends: plans this near differ by a few percent in time
+FARTHEST = 6.0  # factor from the limits that were tried to the next one
+AIM = 0.9  # part of the budget at which plans are aimed
+NEAR = 0.8  # part of the budget from which the loop ends: a plan that spends all of it is a few percent faster
+APART = 1.15  # least factor between limits that are tried: plans nearer than that differ by two percent in time
 MOST_EVALUATIONS = 12
 FINETUNED_STEP = 3.0  # factor from the limit that the reconstruction reaches to where the fine-tuning begins
 MOST_FINETUNED = 4
@@ -76,7 +79,7 @@ class Evaluated(Placed):
     """A plan whose fitted network was really evaluated on the selection split."""
 
     damage: float  # measured, nats, on the selection images
-    drop: float  # points, on the selection split; with `Settings.confident` the end of its interval
+    drop: float  # counted, points, on the selection split; with `Settings.confident` the end of its interval
     fit: Fit
 
     @property
@@ -117,6 +120,7 @@ class Search:
         self.sites = find_sites(mod)
         self.damage: dict[str, dict[Choice, float]] = {}  # of every candidate, in nats, once `probe` was called
         self.seconds: dict[str, float] = {}  # by phase, of this process
+        self._drops = {False: Drops()}  # of networks that were not fine-tuned, and of those that were
         self.sensitivity = Sensitivity(
             mod,
             splits.calibration,
@@ -208,7 +212,28 @@ class Search:
         doing = "fine-tuning plans" if fit == "finetuned" else "fitting and evaluating plans"
         with console.timed(self.seconds, doing):
             found = self.journal.once("evaluation", f"{how} {placed.plan.to_json()}", judge)
-        return Evaluated(**vars(placed), damage=found["damage"], drop=found["drop"], fit=fit)
+        result = Evaluated(**vars(placed), damage=found["damage"], drop=found["drop"], fit=fit)
+        if placed.plan:
+            self._drops_of(result.finetuned).learn(result.damage, result.drop)
+        return result
+
+    def expected_drop(self, result: Evaluated) -> float:
+        """Points that a network of this damage loses, by all that was evaluated so far."""
+        return self._drops_of(result.finetuned).expected(result.damage)
+
+    def _keeps(self, result: Evaluated) -> bool:
+        """Whether a network is expected to keep the budget."""
+        return self.expected_drop(result) <= self._budget
+
+    @property
+    def _budget(self) -> float:
+        """Points; less than half an image of the selection split is nothing."""
+        return max(self.settings.budget, 50 / max(1, len(self.splits.selection[1])))
+
+    def _drops_of(self, finetuned: bool) -> Drops:
+        if finetuned not in self._drops:
+            self._drops[finetuned] = Drops(self._drops[False].rate)
+        return self._drops[finetuned]
 
     def evaluate_shortly(self, placed: Placed) -> Evaluated:
         """Fit a plan without labels, as far as its verdict needs it.
@@ -216,8 +241,8 @@ class Search:
         What keeps the budget after the refit would keep it after the reconstruction, and what is far outside would
         not: then the refitted network's figures are returned.
         """
-        found, budget = self.evaluate(placed, "refitted"), self.settings.budget
-        if placed.plan and budget < found.drop <= REACH * budget:
+        found = self.evaluate(placed, "refitted")
+        if placed.plan and self._budget < self.expected_drop(found) <= REACH * self._budget:
             return self.evaluate(placed, "reconstructed")
         return found
 
@@ -294,7 +319,7 @@ class Search:
                 result = judge(self.placed(limit))
                 if not result.plan:
                     break
-                if result.plan != than.plan and result.drop <= self.settings.budget:
+                if result.plan != than.plan and self._keeps(result):
                     return result
                 limit *= BACK_OFF
         except TimeUp:
@@ -303,27 +328,42 @@ class Search:
         return next((other for other in kept if not other.finetuned), None) if than.finetuned else None
 
     def _explore(self, kept: list[Evaluated], evaluate: Callable[[Placed], Evaluated], limit: float, most: int) -> None:
-        """Look for the largest damage limit that keeps the budget; plans that keep it are appended to `kept`.
+        """Look for the largest damage limit that keeps the budget; `kept` receives the plans that do.
 
         It begins at `limit`, and ends after `most` evaluations.
         """
-        below, above = 0.0, math.inf
+        before = list(kept)
+        tried: list[Evaluated] = []
         for _ in range(most):
             self.check_time()
             result = evaluate(self.placed(limit))
-            inside = result.drop <= self.settings.budget
-            console.tried(self.dense_ms / result.ms, result.drop, "kept" if inside else "over budget")
-            if inside:
-                if result.plan:
-                    kept.append(result)
-                below = limit
-                if self.is_fastest(result):
-                    return
-            else:
-                above = limit
-            if above / max(below, 1e-12) < CLOSE or limit < LEAST_LIMIT or limit > MOST_LIMIT:
+            tried.append(result)
+            inside = [own for own in tried if self._keeps(own)]
+            kept[:] = [*before, *(own for own in inside if own.plan)]
+            verdict = f"expected {self.expected_drop(result):+.2f}, " + ("kept" if result in inside else "over budget")
+            console.tried(self.dense_ms / result.ms, result.drop, verdict)
+            if result in inside and self.is_fastest(result):
                 return
-            limit = limit * STEP if math.isinf(above) else limit / STEP if below == 0 else math.sqrt(below * above)
+            if any(self.expected_drop(own) >= NEAR * self._budget for own in inside):
+                return
+            limit = self._next_limit(tried, inside)
+            nearest = min(abs(math.log(limit / own.limit)) for own in tried)
+            if nearest < 0.99 * math.log(APART) or limit < LEAST_LIMIT:
+                return
+
+    def _next_limit(self, tried: Sequence[Evaluated], inside: Sequence[Evaluated]) -> float:
+        """Where the budget is expected to be nearly spent, by the plans that were tried, of which some are `inside`.
+
+        It is above those and below the others, and not much farther than any.
+        """
+        below = max((own.limit for own in inside), default=0.0)
+        above = min((own.limit for own in tried if own not in inside and own.limit > below), default=math.inf)
+        known = {own.limit: own.damage for own in tried}
+        goal = self._drops_of(tried[0].finetuned).damage(AIM * self._budget)
+        wanted = limit_for(goal, known, least=LEAST_LIMIT, most=MOST_LIMIT)
+        low = max(below, min(known) / FARTHEST)
+        high = min(above / APART, max(known) * FARTHEST)
+        return max(min(wanted, high), min(low, high))
 
     def check_time(self) -> None:
         """Raise TimeUp once the deadline has passed."""

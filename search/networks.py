@@ -21,7 +21,7 @@ from tvm_lowrank.searching.fitted import FittedNetworks
 from tvm_lowrank.searching.reconstruct import reconstruct_if_better
 from tvm_lowrank.searching.refit import refit
 from tvm_lowrank.searching.sensitivity import Sensitivity
-from tvm_lowrank.searching.workers import Workers
+from tvm_lowrank.searching.torchrun import Workers
 from tvm_lowrank.training_data import Batches
 from tvm_lowrank.transform import replace_sites, shape_chains
 

@@ -37,8 +37,8 @@ from tvm_lowrank.searching.loop import Search, Settings
 from tvm_lowrank.searching.networks import Training, dismiss, follow
 from tvm_lowrank.searching.oracle import LatencyOracle
 from tvm_lowrank.searching.times import SiteTimes
+from tvm_lowrank.searching.torchrun import Workers, joined
 from tvm_lowrank.searching.within import deliver_within
-from tvm_lowrank.searching.workers import Workers, joined
 from tvm_lowrank.synthetic import dead_leaves
 from tvm_lowrank.targets.profile import Profile, load_profile
 from tvm_lowrank.targets.toolchain import cache_folder

@@ -212,18 +212,5 @@ def doctor(profile: Profile, *, tracker: tuple[str, int] | None = None, key: str
     return well
 
 
-def check_quickly(profile: Profile, *, tracker: tuple[str, int] | None = None, key: str | None = None) -> None:
-    """Raise what is wrong, if it is seen at once: before the long work starts.
-
-    Raises
-    ------
-    UserError, MeasurementError
-        As `doctor` would print it.
-    """
-    for step in examine(profile, tracker=tracker, key=key, quick=True):
-        if step.error is not None:
-            raise step.error
-
-
 def _describe(about: dict[str, Any]) -> str:
     return f"{about.get('model') or about['architecture']}, {about['cores']} cores"

@@ -296,7 +296,7 @@ import numpy as np
 sys.path.insert(0, sys.argv[1])
 import test_finetune as t
 from tvm_lowrank.searching.finetune import finetune
-from tvm_lowrank.searching.workers import joined
+from tvm_lowrank.searching.torchrun import joined
 
 bridge, judge, rank = t.TorchBridge(t.SMALL), t.Judge(), os.environ["RANK"]
 rest = {"teacher": t.TorchBridge(t.DENSE), "judge": judge, "folder": Path("shared")}

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from tvm_lowrank.errors import MeasurementError, UserError
 from tvm_lowrank.targets import commands, emulate, probe
-from tvm_lowrank.targets.doctor import STEPS, Examination, check_quickly, examine
+from tvm_lowrank.targets.doctor import STEPS, Examination, examine
 from tvm_lowrank.targets.profile import load_profile
 from tvm_lowrank.targets.toolchain import host_arch, tvm_versions
 
@@ -100,8 +100,7 @@ def test_no_tracker():
     good, bad = results(PROFILE, port)
     assert list(good) == ["compiler", "link"] and list(bad) == ["tracker"]
     assert re.search(f"no RPC tracker answers at {HOST}:{port} .*refused.*; start one", bad["tracker"])
-    with pytest.raises(MeasurementError, match="start one"):
-        check_quickly(PROFILE, tracker=(HOST, port))
+    assert list(results(PROFILE, port, quick=True)[1]) == ["tracker"]
 
 
 def test_something_else_at_the_trackers_port():
@@ -130,13 +129,11 @@ def test_board_in_use(board):
     good, bad = results(PROFILE, board)
     assert good["key"] == "board, 1 board(s)"
     assert list(bad) == ["free board"] and "every board with key 'board' is in use, 0 more" in bad["free board"]
-    with pytest.raises(MeasurementError, match="in use"):
-        check_quickly(PROFILE, tracker=(board.host, board.port))
+    assert list(results(PROFILE, board, quick=True)[1]) == ["free board"]
     del held
     deadline = time.monotonic() + 20
     while results(PROFILE, board, quick=True)[1]:
         assert time.monotonic() < deadline
-    check_quickly(PROFILE, tracker=(board.host, board.port))
 
 
 # TVM's own server, once for each way of being ill; what it runs for a session runs in a process of its own
