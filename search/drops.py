@@ -21,8 +21,8 @@ RATE = 30.0
 WEIGHT = 0.3  # points: how much counted loss weighs as much as RATE does
 
 
-class Drops:
-    """Damages, in nats on the selection images, and the drops that were counted with them, in points.
+class Rate:
+    """What damages, in nats on the selection images, have cost in counted points.
 
     ``rate`` is what is expected before anything was counted, in points at 1 nat.
     """
@@ -38,17 +38,30 @@ class Drops:
         self._nats += damage**POWER
 
     @property
-    def rate(self) -> float:
+    def value(self) -> float:
         """Points at 1 nat. Chance may count a gain: it never falls below a third of what was expected at first."""
         return max(self._points / self._nats, self._first / 3)
 
     def expected(self, damage: float) -> float:
-        """Points that a network of this damage loses, in nats."""
-        return self.rate * max(damage, 0.0) ** POWER
+        """Points that a network of this damage, in nats, loses."""
+        return self.value * max(damage, 0.0) ** POWER
 
     def damage(self, drop: float) -> float:
         """Nats at which so many points are lost."""
-        return float((max(drop, 0.0) / self.rate) ** (1 / POWER))
+        return float((max(drop, 0.0) / self.value) ** (1 / POWER))
+
+
+class Drops:
+    """The rate of networks that were not fine-tuned, and that of those that were, which begins at the other."""
+
+    def __init__(self) -> None:
+        self._rates = {False: Rate()}
+
+    def of(self, finetuned: bool) -> Rate:
+        """The rate of one kind, for asking and for teaching."""
+        if finetuned not in self._rates:
+            self._rates[finetuned] = Rate(self._rates[False].value)
+        return self._rates[finetuned]
 
 
 def limit_for(damage: float, evaluated: Mapping[float, float], *, least: float, most: float) -> float:

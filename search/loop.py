@@ -120,7 +120,7 @@ class Search:
         self.sites = find_sites(mod)
         self.damage: dict[str, dict[Choice, float]] = {}  # of every candidate, in nats, once `probe` was called
         self.seconds: dict[str, float] = {}  # by phase, of this process
-        self._drops = {False: Drops()}  # of networks that were not fine-tuned, and of those that were
+        self._drops = Drops()
         self.sensitivity = Sensitivity(
             mod,
             splits.calibration,
@@ -214,12 +214,12 @@ class Search:
             found = self.journal.once("evaluation", f"{how} {placed.plan.to_json()}", judge)
         result = Evaluated(**vars(placed), damage=found["damage"], drop=found["drop"], fit=fit)
         if placed.plan:
-            self._drops_of(result.finetuned).learn(result.damage, result.drop)
+            self._drops.of(result.finetuned).learn(result.damage, result.drop)
         return result
 
     def expected_drop(self, result: Evaluated) -> float:
         """Points that a network of this damage loses, by all that was evaluated so far."""
-        return self._drops_of(result.finetuned).expected(result.damage)
+        return self._drops.of(result.finetuned).expected(result.damage)
 
     def _keeps(self, result: Evaluated) -> bool:
         """Whether a network is expected to keep the budget."""
@@ -229,11 +229,6 @@ class Search:
     def _budget(self) -> float:
         """Points; less than half an image of the selection split is nothing."""
         return max(self.settings.budget, 50 / max(1, len(self.splits.selection[1])))
-
-    def _drops_of(self, finetuned: bool) -> Drops:
-        if finetuned not in self._drops:
-            self._drops[finetuned] = Drops(self._drops[False].rate)
-        return self._drops[finetuned]
 
     def evaluate_shortly(self, placed: Placed) -> Evaluated:
         """Fit a plan without labels, as far as its verdict needs it.
@@ -359,7 +354,7 @@ class Search:
         below = max((own.limit for own in inside), default=0.0)
         above = min((own.limit for own in tried if own not in inside and own.limit > below), default=math.inf)
         known = {own.limit: own.damage for own in tried}
-        goal = self._drops_of(tried[0].finetuned).damage(AIM * self._budget)
+        goal = self._drops.of(tried[0].finetuned).damage(AIM * self._budget)
         wanted = limit_for(goal, known, least=LEAST_LIMIT, most=MOST_LIMIT)
         low = max(below, min(known) / FARTHEST)
         high = min(above / APART, max(known) * FARTHEST)

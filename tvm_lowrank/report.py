@@ -155,8 +155,11 @@ def bars(sites: Sequence[Mapping[str, Any]]) -> str:
 
 
 def pareto(plans: Sequence[Tried], chosen: str, budget: float | None) -> str:
-    """Drop on the selection split against the sum of the sites' milliseconds."""
+    """Drop on the selection split, and what is expected of the damage, against the sum of the sites' milliseconds."""
     figure, axes = _figure(height=3.2)
+    ms, expected = [plan.ms for plan in plans], expected_drops(plans)
+    axes.vlines(ms, expected, [plan.drop for plan in plans], colors=DENSE, linewidths=0.8)
+    axes.scatter(ms, expected, marker="_", color=INK, label="expected")
     for fit, marker in zip(FITS, "ovs", strict=True):
         own = [plan for plan in plans if plan.fit == fit]
         if own:
@@ -171,6 +174,16 @@ def pareto(plans: Sequence[Tried], chosen: str, budget: float | None) -> str:
     axes.set_ylabel("drop, points")
     axes.legend(fontsize=8, frameon=False, labelcolor=INK)
     return _svg(figure, "Evaluated plans: drop on the selection images against milliseconds")
+
+
+def expected_drops(plans: Sequence[Tried]) -> list[float]:
+    """Points that each plan loses by its damage and by what the damages of all cost (`tvm_lowrank.searching.drops`)."""
+    from tvm_lowrank.searching.drops import Drops
+
+    drops = Drops()
+    for plan in plans:
+        drops.of(plan.fit == "finetuned").learn(plan.damage, plan.drop)
+    return [drops.of(plan.fit == "finetuned").expected(plan.damage) for plan in plans]
 
 
 def agreement(plans: Sequence[Tried]) -> str:

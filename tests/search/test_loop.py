@@ -25,7 +25,7 @@ class Landscape(Search):
         splits: Any = SimpleNamespace(selection=(None, np.zeros(IMAGES)))
         self.settings, self.splits = settings, splits
         self.rate, self.slope, self.cost, self.noise = rate, slope, cost, noise
-        self._drops = {False: Drops()}
+        self._drops = Drops()
         self.rng = np.random.default_rng(0)
         self.fastest_from = np.inf
         self.evaluated: list[Evaluated] = []
@@ -42,7 +42,7 @@ class Landscape(Search):
     def judge(self, placed: Placed) -> Evaluated:
         counted = self.true_drop(placed.limit) + self.noise * float(self.rng.standard_normal())
         result = Evaluated(**vars(placed), damage=self.damage_of(placed.limit), drop=counted, fit="refitted")
-        self._drops[False].learn(result.damage, result.drop)
+        self._drops.of(False).learn(result.damage, result.drop)
         self.evaluated.append(result)
         return result
 
