@@ -14,8 +14,8 @@ import numpy as np
 
 from tvm_lowrank.searching.damage import DamageCurve
 
-# points = rate * nats ** POWER. Ten networks that the bundled one became, of 0.015 to 0.10 nats, lose 1.05 to 4.85 points of
-# 10,000 test images: with this power their rates are 28.1 to 30.7
+# points = rate * nats ** POWER. Ten networks that the bundled one became, of 0.015 to 0.10 nats, lose 1.05 to 4.85
+# points of 10,000 test images: with this power their rates are 28.1 to 30.7
 POWER = 0.8
 RATE = 30.0
 WEIGHT = 0.3  # points: how much counted loss weighs as much as RATE does
