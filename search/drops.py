@@ -8,8 +8,6 @@ fail by luck of their own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 
 from tvm_lowrank.searching.damage import DamageCurve
@@ -64,9 +62,9 @@ class Drops:
         return self._rates[finetuned]
 
 
-def limit_for(damage: float, evaluated: Mapping[float, float], *, least: float, most: float) -> float:
+def limit_for(damage: float, evaluated: dict[float, float], *, least: float, most: float) -> float:
     """The limit of predicted damage whose plan has this damage in the end, by those of other plans {limit: damage}."""
-    curve = DamageCurve.through(dict(evaluated))
+    curve = DamageCurve.through(evaluated)
     low, high = np.log(least), np.log(most)
     for _ in range(50):
         middle = (low + high) / 2
