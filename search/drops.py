@@ -3,10 +3,12 @@
 Counted on a thousand images, the drop of one plan is uncertain by about half a point, which is as much as plans of
 twice the damage differ by. Their damages, measured on the same images, hardly are. So the search judges a plan by its
 damage and by what damages have cost so far: each evaluation makes that rate better known, and plans no longer pass or
-fail by luck of their own.
+fail by luck of their own. With many more images, their own count tells more.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,7 +18,17 @@ from tvm_lowrank.searching.damage import DamageCurve
 # points of 10,000 test images: with this power their rates are 28.1 to 30.7
 POWER = 0.8
 RATE = 30.0
+SPREAD = 0.05  # of the points of a damage: standard deviation of what networks of this damage lose
 WEIGHT = 0.3  # points: how much counted loss weighs as much as RATE does
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What evaluating a network gave: damage in nats, lost points, and their standard error."""
+
+    damage: float
+    drop: float
+    error: float
 
 
 class Rate:
@@ -27,22 +39,24 @@ class Rate:
 
     def __init__(self, rate: float = RATE) -> None:
         self._first = rate
-        self._points = WEIGHT
-        self._nats = WEIGHT / rate
+        self._known: dict[str, Counted] = {}
 
-    def learn(self, damage: float, drop: float) -> None:
-        """Take an evaluated plan into account."""
-        self._points += drop
-        self._nats += damage**POWER
+    def learn(self, network: str, counted: Counted) -> None:
+        """Take an evaluated network into account, once."""
+        self._known[network] = counted
 
     @property
     def value(self) -> float:
         """Points at 1 nat. Chance may count a gain: it never falls below a third of what was expected at first."""
-        return max(self._points / self._nats, self._first / 3)
+        points = WEIGHT + sum(known.drop for known in self._known.values())
+        nats = WEIGHT / self._first + sum(known.damage**POWER for known in self._known.values())
+        return max(points / nats, self._first / 3)
 
-    def expected(self, damage: float) -> float:
-        """Points that a network of this damage, in nats, loses."""
-        return self.value * max(damage, 0.0) ** POWER
+    def expected(self, counted: Counted) -> float:
+        """Points that a network loses: those of its damage, and the better its own were counted, these."""
+        points = self.value * max(counted.damage, 0.0) ** POWER
+        spread = (SPREAD * points) ** 2
+        return points + spread / max(spread + counted.error**2, 1e-12) * (counted.drop - points)
 
     def damage(self, drop: float) -> float:
         """Nats at which so many points are lost."""

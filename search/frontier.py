@@ -159,7 +159,7 @@ def _measured(
     search: Search, chosen: Sequence[Evaluated], oracle: LatencyOracle, delivery: Delivery
 ) -> tuple[Point, list[Point]]:
     """The dense network, and the plans that keep their place once their libraries are measured."""
-    networks = {"dense.so": Evaluated(Plan(), 0.0, 0.0, search.dense_ms, 0.0, 0.0, "refitted")}
+    networks = {"dense.so": Evaluated(Plan(), 0.0, 0.0, search.dense_ms, 0.0, 0.0, 0.0, "refitted")}
     networks.update({f"plan{number}.so": evaluated for number, evaluated in enumerate(chosen, 1)})
     libraries = {}
     for name, evaluated in networks.items():

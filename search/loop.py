@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, Literal
 
 import numpy as np
@@ -30,7 +31,7 @@ from tvm_lowrank.metric import Metric, accuracy, paired_drop
 from tvm_lowrank.plan import DENSE, Choice, Plan
 from tvm_lowrank.searching.allocate import Option, allocate
 from tvm_lowrank.searching.damage import divergence
-from tvm_lowrank.searching.drops import Drops, limit_for
+from tvm_lowrank.searching.drops import Counted, Drops, limit_for
 from tvm_lowrank.searching.finetune import Judged
 from tvm_lowrank.searching.journal import Journal
 from tvm_lowrank.searching.networks import Fit, Networks, Training
@@ -47,6 +48,7 @@ FINETUNED_STEP = 3.0  # factor from the limit that the reconstruction reaches to
 MOST_FINETUNED = 4
 BACK_OFF = 0.7  # factor on the limit after a plan failed on the evaluation split
 LEAST_LIMIT, MOST_LIMIT = 1e-6, 10.0  # nats; beyond these nothing changes any more
+INTERVAL = 2 * NormalDist().inv_cdf(0.975)  # length of a 95 % interval, in standard errors
 REACH = 2.5  # times the budget: a plan that loses more after the refit is not saved by a reconstruction
 MOST_ALLOCATIONS = 8  # for one limit; each times what it chose
 
@@ -80,11 +82,16 @@ class Evaluated(Placed):
 
     damage: float  # measured, nats, on the selection images
     drop: float  # counted, points, on the selection split; with `Settings.confident` the end of its interval
+    error: float  # standard error of the drop, points
     fit: Fit
 
     @property
     def finetuned(self) -> bool:
         return self.fit == "finetuned"
+
+    @property
+    def counted(self) -> Counted:
+        return Counted(self.damage, self.drop, self.error)
 
 
 def plan_of(chosen: Mapping[str, Option]) -> Plan:
@@ -207,19 +214,21 @@ class Search:
             before, after = self.metric.scores(self.dense_selection, labels), self.metric.scores(logits, labels)
             drop, interval = paired_drop(before, after)
             lost = interval[1] if self.settings.confident and placed.plan else drop
-            return {"drop": lost, "damage": divergence(self.dense_selection, logits)}
+            error = (interval[1] - interval[0]) / INTERVAL
+            return {"drop": lost, "error": error, "damage": divergence(self.dense_selection, logits)}
 
         doing = "fine-tuning plans" if fit == "finetuned" else "fitting and evaluating plans"
         with console.timed(self.seconds, doing):
-            found = self.journal.once("evaluation", f"{how} {placed.plan.to_json()}", judge)
-        result = Evaluated(**vars(placed), damage=found["damage"], drop=found["drop"], fit=fit)
+            network = f"{how} {placed.plan.to_json()}"
+            found = self.journal.once("evaluation", network, judge)
+        result = Evaluated(**vars(placed), damage=found["damage"], drop=found["drop"], error=found["error"], fit=fit)
         if placed.plan:
-            self._drops.of(result.finetuned).learn(result.damage, result.drop)
+            self._drops.of(result.finetuned).learn(network, result.counted)
         return result
 
     def expected_drop(self, result: Evaluated) -> float:
-        """Points that a network of this damage loses, by all that was evaluated so far."""
-        return self._drops.of(result.finetuned).expected(result.damage)
+        """Points that a network loses, by all that was evaluated so far."""
+        return self._drops.of(result.finetuned).expected(result.counted)
 
     def _keeps(self, result: Evaluated) -> bool:
         """Whether a network is expected to keep the budget."""

@@ -81,12 +81,12 @@ def bundle(tmp_path: Path) -> Path:
         ("run", "header", {"model": "x"}),
         ("plan", "0.01", {"plan": CHOSEN.to_json(), "predicted": 0.012, "ms": 1.25}),
         ("plan", "0.02", {"plan": OTHER.to_json(), "predicted": 0.02, "ms": 0.9}),
-        ("evaluation", f"refitted {CHOSEN.to_json()}", {"drop": 1.4, "damage": 0.015}),
-        ("evaluation", f"reconstructed {CHOSEN.to_json()}", {"drop": 0.7, "damage": 0.011}),
+        ("evaluation", f"refitted {CHOSEN.to_json()}", {"drop": 1.4, "error": 0.4, "damage": 0.015}),
+        ("evaluation", f"reconstructed {CHOSEN.to_json()}", {"drop": 0.7, "error": 0.4, "damage": 0.011}),
         (
             "evaluation",
             f"finetuned, /a b/{{net}}.py:batches, 2 epochs, {OTHER.to_json()}",
-            {"drop": 2.0, "damage": 0.03},
+            {"drop": 2.0, "error": 0.4, "damage": 0.03},
         ),
     ]
     lines = [json.dumps({"kind": kind, "key": key, "value": value}) for kind, key, value in entries]
@@ -96,9 +96,9 @@ def bundle(tmp_path: Path) -> Path:
 
 def test_plans_of_a_journal(bundle: Path) -> None:
     assert tried(bundle / "journal.jsonl") == [
-        Tried(CHOSEN.to_json(), "refitted", 1.25, 1.4, 0.012, 0.015),
-        Tried(CHOSEN.to_json(), "reconstructed", 1.25, 0.7, 0.012, 0.011),
-        Tried(OTHER.to_json(), "finetuned", 0.9, 2.0, 0.02, 0.03),
+        Tried(CHOSEN.to_json(), "refitted", 1.25, 1.4, 0.4, 0.012, 0.015),
+        Tried(CHOSEN.to_json(), "reconstructed", 1.25, 0.7, 0.4, 0.012, 0.011),
+        Tried(OTHER.to_json(), "finetuned", 0.9, 2.0, 0.4, 0.02, 0.03),
     ]
     assert tried(bundle / "none.jsonl") == []
 
@@ -211,7 +211,8 @@ def test_emulated_times_are_marked() -> None:
 
 def test_the_best_fit_of_the_chosen_plan_is_marked() -> None:
     plans = [
-        Tried(CHOSEN.to_json(), fit, 1.0, drop, 0.01, 0.01) for fit, drop in (("refitted", 2.0), ("finetuned", 0.5))
+        Tried(CHOSEN.to_json(), fit, 1.0, drop, 0.4, 0.01, 0.01)
+        for fit, drop in (("refitted", 2.0), ("finetuned", 0.5))
     ]
     svg = pareto(plans, CHOSEN.to_json(), 1.0)
     assert "chosen" in svg and "fine-tuned" in svg and "budget" in svg

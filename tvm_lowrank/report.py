@@ -34,13 +34,15 @@ FITS = {"refitted": "fitted layer by layer", "reconstructed": "reconstructed", "
 class Tried:
     """A plan that was evaluated on the selection split.
 
-    ``ms`` : sum over its sites; ``drop`` : points; ``predicted``, ``damage`` : nats, before and after evaluating.
+    ``ms`` : sum over its sites; ``drop``, ``error`` : points, and their standard error; ``predicted``, ``damage`` :
+    nats, before and after evaluating.
     """
 
     plan: str
     fit: str
     ms: float
     drop: float
+    error: float
     predicted: float
     damage: float
 
@@ -89,7 +91,7 @@ def tried(journal: Path) -> list[Tried]:
             if plan is not None and Plan.from_json(plan):
                 fit = key.removesuffix(plan).split(",")[0].strip()
                 place = placed[plan]
-                found.append(Tried(plan, fit, place["ms"], value["drop"], place["predicted"], value["damage"]))
+                found.append(Tried(plan, fit, place["ms"], predicted=place["predicted"], **value))
     return found
 
 
@@ -178,12 +180,12 @@ def pareto(plans: Sequence[Tried], chosen: str, budget: float | None) -> str:
 
 def expected_drops(plans: Sequence[Tried]) -> list[float]:
     """Points that each plan loses by its damage and by what the damages of all cost (`tvm_lowrank.searching.drops`)."""
-    from tvm_lowrank.searching.drops import Drops
+    from tvm_lowrank.searching.drops import Counted, Drops
 
-    drops = Drops()
-    for plan in plans:
-        drops.of(plan.fit == "finetuned").learn(plan.damage, plan.drop)
-    return [drops.of(plan.fit == "finetuned").expected(plan.damage) for plan in plans]
+    drops, counted = Drops(), [Counted(plan.damage, plan.drop, plan.error) for plan in plans]
+    for plan, own in zip(plans, counted, strict=True):
+        drops.of(plan.fit == "finetuned").learn(f"{plan.fit} {plan.plan}", own)
+    return [drops.of(plan.fit == "finetuned").expected(own) for plan, own in zip(plans, counted, strict=True)]
 
 
 def agreement(plans: Sequence[Tried]) -> str:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
-from tvm_lowrank.searching.drops import POWER, RATE, Drops, Rate, limit_for
+from tvm_lowrank.searching.drops import POWER, RATE, SPREAD, Counted, Drops, Rate, limit_for
 
 
 def test_before_anything_was_counted() -> None:
     rate = Rate()
     assert rate.value == pytest.approx(RATE)
-    assert rate.expected(0.01) == pytest.approx(RATE * 0.01**POWER)
-    assert rate.expected(0.0) == rate.expected(-1e-9) == 0
+    assert rate.expected(Counted(0.01, 7.0, math.inf)) == pytest.approx(RATE * 0.01**POWER)
+    assert rate.expected(Counted(0.0, 0.0, 0.0)) == rate.expected(Counted(-1e-9, 0.4, 0.4)) == 0
 
 
 @pytest.mark.parametrize("drop", [0.05, 1.0, 7.0])
 def test_the_damage_of_a_drop_costs_it(drop: float) -> None:
     rate = Rate(12.0)
-    rate.learn(0.1, 3.0)
-    assert rate.expected(rate.damage(drop)) == pytest.approx(drop)
+    rate.learn("a", Counted(0.1, 3.0, 0.4))
+    assert rate.expected(Counted(rate.damage(drop), 2.0, math.inf)) == pytest.approx(drop)
 
 
 def test_expected_drops_are_nearer_to_the_truth_than_counted_ones() -> None:
@@ -28,9 +30,10 @@ def test_expected_drops_are_nearer_to_the_truth_than_counted_ones() -> None:
     ours, single = [], []
     for _ in range(200):
         rate, counted = Rate(), truth + 0.45 * rng.standard_normal(6)
-        for damage, drop in zip(damages, counted, strict=True):
-            rate.learn(damage, drop)
-        ours.append([rate.expected(damage) for damage in damages] - truth)
+        plans = [Counted(damage, drop, 0.45) for damage, drop in zip(damages, counted, strict=True)]
+        for number, plan in enumerate(plans):
+            rate.learn(str(number), plan)
+        ours.append([rate.expected(plan) for plan in plans] - truth)
         single.append(counted - truth)
     assert np.std(ours, axis=0)[:3].max() < np.std(single) / 2  # of the plans near a budget of one point
     assert np.abs(np.mean(ours, axis=0)).max() < 0.35  # what was expected at first still pulls
@@ -38,15 +41,29 @@ def test_expected_drops_are_nearer_to_the_truth_than_counted_ones() -> None:
 
 def test_many_plans_outweigh_what_was_expected_at_first() -> None:
     rate = Rate()
-    for _ in range(50):
-        rate.learn(0.05, 90 * 0.05**POWER)
+    for number in range(50):
+        rate.learn(str(number), Counted(0.05, 90 * 0.05**POWER, 0.4))
     assert rate.value == pytest.approx(90, rel=0.02)
 
 
 def test_a_counted_gain_does_not_make_damage_free() -> None:
     rate = Rate()
-    rate.learn(0.01, -2.0)
+    rate.learn("a", Counted(0.01, -2.0, 0.4))
     assert rate.value == pytest.approx(RATE / 3)
+
+
+def test_a_network_that_is_met_again_teaches_once() -> None:
+    rate = Rate()
+    rate.learn("a", Counted(0.05, 5.0, 0.4))
+    before = rate.value
+    rate.learn("a", Counted(0.05, 5.0, 0.4))
+    assert rate.value == before
+
+
+def test_the_better_a_network_was_counted_the_more_its_count_tells() -> None:
+    rate, damage = Rate(), (2.0 / RATE) ** (1 / POWER)
+    for error, expected in ((1e-9, 3.0), (2.0 * SPREAD, 2.5), (1e9, 2.0)):
+        assert rate.expected(Counted(damage, 3.0, error)) == pytest.approx(expected)
 
 
 def test_limits() -> None:
@@ -60,8 +77,8 @@ def test_limits() -> None:
 
 def test_fine_tuned_networks_begin_where_the_others_are() -> None:
     drops = Drops()
-    drops.of(False).learn(0.05, 90 * 0.05**POWER)
+    drops.of(False).learn("a", Counted(0.05, 90 * 0.05**POWER, 0.4))
     expected = drops.of(False).value
     assert drops.of(True).value == pytest.approx(expected)
-    drops.of(True).learn(0.1, 0.5)
+    drops.of(True).learn("a", Counted(0.1, 0.5, 0.4))
     assert drops.of(True).value < expected == drops.of(False).value

@@ -25,6 +25,7 @@ class Landscape(Search):
         splits: Any = SimpleNamespace(selection=(None, np.zeros(IMAGES)))
         self.settings, self.splits = settings, splits
         self.rate, self.slope, self.cost, self.noise = rate, slope, cost, noise
+        self.error = 0.4  # as it is reported, points
         self._drops = Drops()
         self.rng = np.random.default_rng(0)
         self.fastest_from = np.inf
@@ -41,8 +42,9 @@ class Landscape(Search):
 
     def judge(self, placed: Placed) -> Evaluated:
         counted = self.true_drop(placed.limit) + self.noise * float(self.rng.standard_normal())
-        result = Evaluated(**vars(placed), damage=self.damage_of(placed.limit), drop=counted, fit="refitted")
-        self._drops.of(False).learn(result.damage, result.drop)
+        damage, error = self.damage_of(placed.limit), self.error
+        result = Evaluated(**vars(placed), damage=damage, drop=counted, error=error, fit="refitted")
+        self._drops.of(False).learn(str(placed.limit), result.counted)
         self.evaluated.append(result)
         return result
 
