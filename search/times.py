@@ -9,7 +9,7 @@ from tvm.ir import IRModule
 
 from tvm_lowrank import console
 from tvm_lowrank.graph import Site
-from tvm_lowrank.lower import Kernel, kernels, lower
+from tvm_lowrank.lower import Kernel, kernels_of
 from tvm_lowrank.plan import Choice
 from tvm_lowrank.searching.cache import Latency
 from tvm_lowrank.searching.candidates import chain_specs, site_macs
@@ -17,7 +17,7 @@ from tvm_lowrank.searching.convolution import Convolution
 from tvm_lowrank.searching.oracle import LatencyOracle
 from tvm_lowrank.searching.surrogate import Surrogate
 from tvm_lowrank.searching.whole import Measured, Traffic, WholeNetworks
-from tvm_lowrank.transform import replace_sites, shape_chains
+from tvm_lowrank.transform import factor_names, replace_sites, shape_chains
 
 
 class SiteTimes:
@@ -66,19 +66,23 @@ class SiteTimes:
 
     def whole(self, plan: Mapping[str, Choice]) -> float:
         """Predicted milliseconds of the whole network under a plan; its kernels are tuned, if they were not."""
-        found = self._network(plan)
-        self._tune(found)
-        return self._sum(found)
+        return self._sum(self._whole_network(plan))
 
     def learn(self, plan: Mapping[str, Choice], ms: float) -> None:
         """Correct the predictions by the measured milliseconds of a whole network."""
-        found = self._network(plan)
-        self._tune(found)
+        found = self._whole_network(plan)
         self._whole.add(Measured(sum(self._known(kernel).ms for kernel in found), ms, Traffic.of(found)))
 
-    def _network(self, plan: Mapping[str, Choice]) -> list[Kernel]:
+    def _network(self, plan: Mapping[str, Choice]) -> list[tuple[Kernel, str | None]]:
+        """The kernels of the network under a plan, in the order of execution, with the names of their convolutions."""
         rewritten = replace_sites(self._mod, shape_chains(self._mod, plan)) if plan else self._mod
-        return kernels(lower(rewritten, batch=self._batch, target=self._target))
+        return kernels_of(rewritten, batch=self._batch, target=self._target)
+
+    def _whole_network(self, plan: Mapping[str, Choice]) -> list[Kernel]:
+        """The kernels of the network under a plan, tuned."""
+        found = [kernel for kernel, _ in self._network(plan)]
+        self._tune(found)
+        return found
 
     def _sum(self, kernels: Sequence[Kernel]) -> float:
         """Milliseconds of kernels that have been measured, as they are in a network."""
@@ -105,14 +109,14 @@ class SiteTimes:
         return known
 
     def _lower(self, plan: Mapping[str, Choice]) -> None:
-        """Find the kernels of each site under a plan: those of its convolutions, in the order of execution."""
+        """Find the kernels of each site under a plan: those of its convolutions, from its input to its output."""
         found = self._network(plan)
-        convs = iter([kernel for kernel in found if kernel.is_conv])
+        by_name = {name: kernel for kernel, name in found if name is not None}
         for site in self._sites.values():
             choice = plan.get(site.id, Choice())
-            own = [next(convs) for _ in chain_specs(site, choice)]
-            self._kernels.setdefault((site.id, choice), own)
-        self._others = [kernel for kernel in found if not kernel.is_conv]
+            names = factor_names(site.id, len(chain_specs(site, choice))) if choice.rank else [site.id]
+            self._kernels.setdefault((site.id, choice), [by_name[name] for name in names])
+        self._others = [kernel for kernel, name in found if name is None]
 
     def measured(self, site: str, choice: Choice) -> float | None:
         """Measured ms, as they are in a network, or None."""

@@ -16,7 +16,7 @@ from tvm_lowrank import console
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.files import write_text
 from tvm_lowrank.graph import Site, find_sites
-from tvm_lowrank.lower import kernels, lower
+from tvm_lowrank.lower import kernels_of
 from tvm_lowrank.plan import Choice
 from tvm_lowrank.searching.cache import KernelCache, exported, how_to_tune, read_export
 from tvm_lowrank.searching.candidates import candidates, site_macs
@@ -178,15 +178,14 @@ def profile(request: Request, *, count: int = CANDIDATES, as_json: bool = False)
 
 def timed_kernels(mod: IRModule, oracle: LatencyOracle, *, batch: int) -> list[Timed]:
     """The kernels of the dense network in the order of execution; those that the database lacks are tuned."""
-    found = kernels(lower(mod, batch=batch, target=oracle.profile.tvm_target(oracle.threads)))
-    latencies = oracle.measure(found)
-    total = sum(latencies[kernel.key].ms for kernel in found)
-    sites = iter(find_sites(mod))
+    found = kernels_of(mod, batch=batch, target=oracle.profile.tvm_target(oracle.threads))
+    latencies = oracle.measure(kernel for kernel, _ in found)
+    total = sum(latencies[kernel.key].ms for kernel, _ in found)
+    macs: dict[str | None, int] = {site.id: batch * site.macs for site in find_sites(mod)}
     rows = []
-    for kernel in found:
-        site, ms = next(sites) if kernel.is_conv else None, latencies[kernel.key].ms
-        id, macs = (None, 0) if site is None else (site.id, batch * site.macs)
-        rows.append(Timed(kernel.name, id, ms, ms / total, macs, sum(operand_bytes(kernel))))
+    for kernel, site in found:
+        ms, moved = latencies[kernel.key].ms, sum(operand_bytes(kernel))
+        rows.append(Timed(kernel.name, site, ms, ms / total, macs.get(site, 0), moved))
     return rows
 
 

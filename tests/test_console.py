@@ -68,3 +68,14 @@ def test_tables_keep_brackets_and_width(capsys: pytest.CaptureFixture[str]) -> N
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert any(line.strip().startswith("conv[bold]") and line.endswith("1.5") for line in lines)
     assert any("x" * 150 in line for line in lines)
+
+
+def test_time_inside_another_block_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 1.0, 4.0, 10.0, 20.0, 25.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(now))
+    seconds: dict[str, float] = {}
+    with console.timed(seconds, "outer"), console.timed(seconds, "inner"):
+        pass
+    with console.timed(seconds, "inner"):
+        pass
+    assert seconds == {"outer": 7.0, "inner": 8.0}

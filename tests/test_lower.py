@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from support.lowering_networks import canonical, expected, network, run, sample
-from tvm_lowrank.lower import build, kernels, lower
+from tvm_lowrank.graph import find_sites
+from tvm_lowrank.lower import build, kernels, kernels_of, lower
 from tvm_lowrank.schedule import Tiling, default_tiling, workload
 from tvm_lowrank.searching.tiles import register_tiles, variants
 from tvm_lowrank.targets.profile import load_profile
@@ -120,6 +121,33 @@ def test_convolutions_come_once_each_and_in_order():
         (16, (3, 3, 16)),
     ]
     assert spaces[3].group == 8
+
+
+class Projected(nn.Module):
+    """A residual block whose shortcut is a convolution, as a ResNet's that halve the image."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(16, 24, 3, stride=2, padding=1), nn.Conv2d(24, 32, 3, padding=1)
+        self.shortcut = nn.Conv2d(16, 32, 1, stride=2)
+
+    def forward(self, x):
+        return torch.relu(self.second(torch.relu(self.first(x))) + self.shortcut(x))
+
+
+def test_every_kernel_is_found_with_its_convolution():
+    grouped, multiplied = nn.Conv2d(32, 64, 3, groups=4), nn.Conv2d(64, 128, 3, groups=64)
+    net = network(Projected(), grouped, multiplied, nn.Conv2d(128, 29, 1))
+    mod = canonical(net, (16, 24, 24))
+    specs = {site.id: site.spec for site in find_sites(mod)}
+    found = kernels_of(mod, batch=1, target=TARGET)
+    assert [kernel.key for kernel, _ in found] == [k.key for k in kernels(lower(mod, batch=1, target=TARGET))]
+    names = [name for _, name in found if name is not None]
+    assert sorted(names) == sorted(specs) and names != list(specs), "the shortcut comes before what it is added to"
+    for kernel, name in found:
+        if name is not None:
+            _, inner, *taps = specs[name].weight_shape
+            assert workload(kernel.func).reduction == (*taps, inner), name
 
 
 def test_activation_and_residual_are_part_of_the_convolution():

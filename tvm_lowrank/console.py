@@ -73,12 +73,13 @@ def search_view(description: str) -> Iterator[None]:
 
 @contextmanager
 def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Add the time that the block takes to an entry, in seconds."""
-    start = time.monotonic()
+    """Add the time that the block takes to an entry, in seconds; of a block inside another the time counts once."""
+    start, before = time.monotonic(), sum(seconds.values())
     try:
         yield
     finally:
-        seconds[name] = seconds.get(name, 0.0) + time.monotonic() - start
+        inside = sum(seconds.values()) - before
+        seconds[name] = seconds.get(name, 0.0) + time.monotonic() - start - inside
 
 
 def warn(text: str) -> None:

@@ -21,6 +21,7 @@ from tvm.tirx import PrimFunc
 from tvm_ffi import structural_hash
 
 from tvm_lowrank import schedule
+from tvm_lowrank.graph import bindings, is_site
 from tvm_lowrank.schedule import Tiling
 from tvm_lowrank.vectors import CONV2D, conv2d, vectorise_groups
 
@@ -32,6 +33,7 @@ PERMUTE_DIMS = Op.get("relax.permute_dims")
 CLIP = Op.get("relax.clip")
 LAYOUTS = {"relax.nn.conv2d": ["NHWC", "HWIO"], "relax.nn.conv2d_transpose": ["NCHW", "IOHW"]}
 CONV_BLOCK = "conv2d_n"  # conv2d_nhwc, group_conv2d_nhwc, conv2d_nchw; not conv2d_transpose
+MARK = 2**20  # weights above this number a convolution; no others are as large
 KEPT_ATTRIBUTES = ("layout_free_buffers", "tirx.noalias")
 
 
@@ -125,16 +127,55 @@ def expand_clip(mod: IRModule, _context: tvm.transform.PassContext) -> IRModule:
 
 def kernels(lowered: IRModule) -> list[Kernel]:
     """The loop nests that ``main`` calls, in the order of execution; one that is called twice appears twice."""
+    return [kernel for kernel, _ in _calls(lowered)]
+
+
+def kernels_of(mod: IRModule, *, batch: int, target: tvm.target.Target) -> list[tuple[Kernel, str | None]]:
+    """The `kernels` that a canonical module is lowered to, each with the name of its convolution, None if it has none.
+
+    Not the order tells which is which: a convolution into which a residual addition is fused comes after those of the
+    other branch. So the module is lowered with weights that number the convolutions.
+    """
+    names = [binding.var.name for binding in bindings(mod["main"]) if is_site(binding.value)]
+    found = _calls(lower(_rewrite_main(mod, _Marker), batch=batch, target=target))
+    return [(kernel, names[_mark(constants)] if kernel.is_conv else None) for kernel, constants in found]
+
+
+@mutator
+class _Marker(PyExprMutator):
+    """Gives the weights of every convolution one value, which numbers it."""
+
+    def __init__(self, mod: IRModule) -> None:
+        super().__init__(mod)
+        self.number = 0
+
+    def visit_call_(self, op: relax.Call) -> relax.Expr:
+        call = super().visit_call_(op)
+        if not is_site(op):
+            return call
+        weight = np.full([int(extent) for extent in op.args[1].ty.shape], MARK + self.number, "float32")
+        self.number += 1
+        return relax.Call(call.op, [call.args[0], relax.const(weight)], call.attrs)
+
+
+def _mark(constants: list[np.ndarray]) -> int:
+    """The number of the convolution whose weights are among the constants; they may have been padded with zeros."""
+    [number] = [int(constant.max()) - MARK for constant in constants if constant.max(initial=0) >= MARK]
+    return number
+
+
+def _calls(lowered: IRModule) -> list[tuple[Kernel, list[np.ndarray]]]:
+    """The kernels that ``main`` calls, in the order of execution, with the constants that they are given."""
     found: dict[str, Kernel] = {}
     calls = []
-    for block in lowered["main"].body.blocks:
-        for binding in block.bindings:
-            value = binding.value
-            if isinstance(value, relax.Call) and value.op == CALL_TIR:
-                name = str(value.args[0].name_hint)
-                if name not in found:
-                    found[name] = _kernel(name, lowered[name])
-                calls.append(found[name])
+    for binding in bindings(lowered["main"]):
+        value = binding.value
+        if isinstance(value, relax.Call) and value.op == CALL_TIR:
+            name = str(value.args[0].name_hint)
+            if name not in found:
+                found[name] = _kernel(name, lowered[name])
+            constants = [arg.value.numpy() for arg in value.args[1] if isinstance(arg, GenericConst)]
+            calls.append((found[name], constants))
     return calls
 
 

@@ -15,6 +15,11 @@ from tvm_lowrank.methods import METHODS, Chain, Conv, Moments, decompose
 from tvm_lowrank.plan import DENSE, Choice, Plan
 
 
+def factor_names(site: str, count: int) -> list[str]:
+    """The names of the variables that a chain's convolutions are bound to, in order."""
+    return [f"{site}.factor{i}" for i in range(1, count + 1)]
+
+
 @mutator
 class _ReplaceSites(PyExprMutator):
     """Emits a chain in place of each site named in `chains`, and its bias correction with the site's bias."""
@@ -49,7 +54,7 @@ class _ReplaceSites(PyExprMutator):
     def _emit_chain(self, binding: relax.VarBinding, chain: Chain) -> relax.Expr:
         call, attrs = binding.value, binding.value.attrs
         result = self.visit_expr(call.args[0])
-        for i, conv in enumerate(chain.convs, 1):
+        for name, conv in zip(factor_names(binding.var.name, len(chain.convs)), chain.convs, strict=True):
             axes = ["OIHW".index(axis) for axis in str(attrs.kernel_layout)]
             value = relax.op.nn.conv2d(
                 result,
@@ -62,7 +67,7 @@ class _ReplaceSites(PyExprMutator):
                 kernel_layout=attrs.kernel_layout,
                 out_layout=attrs.out_layout,
             )
-            result = self._emit(value, f"{binding.var.name}.factor{i}")
+            result = self._emit(value, name)
         return result
 
     def _emit(self, value: relax.Expr, name: str) -> relax.DataflowVar:
