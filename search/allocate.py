@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,13 +76,29 @@ def _solve(
     one_each = np.array([[float(site == other) for other, _ in flat] for site in sites])
     # both rows are scaled to order one, for the tolerances
     unit = max(limit, 1e-12)
-    solved = milp(
-        costs / max(costs.max(), 1e-12),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(used[None] / unit, -np.inf, limit / unit)],
-        integrality=np.ones(len(flat)),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 0.0},
-    )
+    with _silent():
+        solved = milp(
+            costs / max(costs.max(), 1e-12),
+            constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(used[None] / unit, -np.inf, limit / unit)],
+            integrality=np.ones(len(flat)),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": 0.0},
+        )
     if solved.x is None:
         raise ValueError(f"no plan keeps the limit of {limit:g}")
     return solved.x > 0.5
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without the lines of debugging that HiGHS writes to the standard output, whatever its options (scipy 1.17)."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)  # they may still be in the C library's buffer
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 from itertools import product
+from typing import Any
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from scipy.optimize import milp
 
+import tvm_lowrank.searching.allocate
 from tvm_lowrank.plan import Choice
 from tvm_lowrank.searching.allocate import Option, allocate, efficient
 
@@ -78,3 +82,15 @@ def test_efficient_drops_what_is_beaten_in_both() -> None:
 
 def test_no_sites_no_plan() -> None:
     assert allocate({}, 1.0) == {}
+
+
+def test_the_solver_is_silent(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    def talkative(*args: Any, **options: Any) -> Any:
+        ctypes.CDLL(None).puts(b"debugging")  # like HiGHS, into the buffer of the C library
+        return milp(*args, **options)
+
+    monkeypatch.setattr(tvm_lowrank.searching.allocate, "milp", talkative)
+    print("before")
+    allocate(as_options([[(1.0, 2.0), (3.0, 0.5)]]), 1.0)
+    print("after")
+    assert capfd.readouterr().out == "before\nafter\n"
