@@ -140,45 +140,12 @@ class Result:
         return [self.start, *(epoch.judged for epoch in self.epochs)]
 
 
-class Teacher:
-    """The dense network's logits for training images; it remembers the batches that it was asked for.
-
-    The epochs of one number have the same batches for every plan that is trained, so only the first plan pays for the
-    teacher, which takes about half the time. On a GPU it is asked again: that is quicker than to recognise a batch.
-
-    Parameters
-    ----------
-    bridge : the dense network.
-    most : bytes of logits that are remembered; of the batches beyond them it forgets the answers.
-    """
-
-    def __init__(self, bridge: TorchBridge, *, device: torch.device | None = None, most: int = 2**30) -> None:
-        self.bridge = bridge
-        self._learner = Learner(bridge, device=device)
-        self._known: dict[bytes, Tensor] = {}
-        self._left = most if self._learner.device.type == "cpu" else 0
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        """Logits (n, classes), float32, for images (n, C, H, W)."""
-        if not self._known and not self._left:
-            return self._learner(images)
-        key = hashlib.sha256(images.contiguous().numpy().data).digest()
-        if key in self._known:
-            return self._known[key]
-        logits = self._learner(images)
-        if logits.nbytes <= self._left:
-            self._left -= logits.nbytes
-            self._known[key] = logits
-        return logits
-
-
 def finetune(
     bridge: TorchBridge,
     batches: Batches,
     settings: Settings,
     *,
-    teacher: Teacher,
+    teacher: TorchBridge,
     judge: Callable[[TorchBridge], Judged],
     folder: Path,
     key: str = "",
@@ -214,7 +181,7 @@ def finetune(
     """
     workers = workers or Workers()
     with _generators_kept():
-        key = _key(bridge, teacher.bridge, settings, workers.count, key)
+        key = _key(bridge, teacher, settings, workers.count, key)
         path = folder / f"finetune-{key[:16]}.pt"
         trainer = _Trainer(bridge, teacher, settings, workers)
         state = workers.of_first(partial(_read, path, key))
@@ -298,9 +265,9 @@ class _Diverged(Exception):
 class _Trainer:
     """The student, the teacher and the optimiser, on the device of this worker."""
 
-    def __init__(self, bridge: TorchBridge, teacher: Teacher, settings: Settings, workers: Workers) -> None:
+    def __init__(self, bridge: TorchBridge, teacher: TorchBridge, settings: Settings, workers: Workers) -> None:
         self.settings, self.workers = settings, workers
-        self._teacher = teacher
+        self._teacher = Learner(teacher, device=workers.device)
         self._student = Learner(bridge, device=workers.device, learns=True)
         net = self._student.bridge
         # workers on machines that are not the same need not have got the same bits
@@ -349,7 +316,8 @@ class _Trainer:
         share, temperature = self.settings.distil, self.settings.temperature
         loss = (1 - share) * F.cross_entropy(logits, labels)
         if share:
-            wanted = (self._teacher(images) / temperature).log_softmax(dim=1)
+            with torch.no_grad():
+                wanted = (self._teacher(images) / temperature).log_softmax(dim=1)
             got = (logits / temperature).log_softmax(dim=1)
             loss = loss + share * temperature**2 * F.kl_div(got, wanted, log_target=True, reduction="batchmean")
         return loss

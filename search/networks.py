@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +16,7 @@ from tvm_lowrank.bridge import TorchBridge
 from tvm_lowrank.errors import TimeUp
 from tvm_lowrank.graph import find_sites
 from tvm_lowrank.plan import Choice, Plan
-from tvm_lowrank.searching.finetune import Judged, Settings, Teacher, finetune
+from tvm_lowrank.searching.finetune import Judged, Settings, finetune
 from tvm_lowrank.searching.fitted import FittedNetworks
 from tvm_lowrank.searching.reconstruct import reconstruct_if_better
 from tvm_lowrank.searching.refit import refit
@@ -49,15 +48,11 @@ class Training:
     workers: Workers = field(default_factory=Workers)
     seed: int = 0
 
-    def teacher(self, mod: IRModule) -> Teacher:
-        """The dense network, for this worker."""
-        return Teacher(TorchBridge(mod), device=self.workers.device)
-
     def run(
         self,
         bridge: TorchBridge,
         plan: Plan,
-        teacher: Teacher,
+        teacher: TorchBridge,
         judge: Callable[[TorchBridge], Judged],
         folder: Path,
         deadline: float,
@@ -172,11 +167,6 @@ class Networks:
             )
         return replace_sites(network, chains)
 
-    @cached_property
-    def _teacher(self) -> Teacher:
-        assert self.training is not None
-        return self.training.teacher(self.mod)
-
     @property
     def _name(self) -> str:
         assert self.training is not None
@@ -188,7 +178,7 @@ class Networks:
             assert training is not None and folder is not None
             bridge = TorchBridge(start())
             training.workers.of_first(plan.to_json)  # the others wait for it, in `follow`
-            training.run(bridge, plan, self._teacher, self._judge, folder, self._deadline)
+            training.run(bridge, plan, TorchBridge(self.mod), self._judge, folder, self._deadline)
             return bridge.to_relax()
 
         return self._fitted.once(plan, f"{how}, {self._name}", fit)
@@ -200,12 +190,11 @@ def follow(mod: IRModule, training: Training) -> None:
     def nobody(bridge: TorchBridge) -> Judged:
         raise AssertionError("only the first worker judges")
 
-    teacher = training.teacher(mod)
     while (text := training.workers.of_first(str)) is not None:
         plan = Plan.from_json(text)
         bridge = TorchBridge(replace_sites(mod, shape_chains(mod, plan)))
         with suppress(TimeUp):
-            training.run(bridge, plan, teacher, nobody, Path(), float("inf"))
+            training.run(bridge, plan, TorchBridge(mod), nobody, Path(), float("inf"))
 
 
 def dismiss(workers: Workers) -> None:

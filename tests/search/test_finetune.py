@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -23,8 +22,7 @@ from tvm_lowrank.errors import TimeUp, UserError
 from tvm_lowrank.importer import import_model
 from tvm_lowrank.plan import Choice, Plan
 from tvm_lowrank.searching.damage import divergence
-from tvm_lowrank.searching.finetune import Judged, Result, Settings, Teacher, finetune
-from tvm_lowrank.searching.training import Learner
+from tvm_lowrank.searching.finetune import Judged, Result, Settings, finetune
 from tvm_lowrank.transform import DecomposeConv2D
 
 PLAN = Plan({"0": Choice("cp3", 8), "2": Choice("spatial", 4)})
@@ -97,8 +95,9 @@ def tune(tmp_path: Path) -> Tune:
         settings: Settings = SETTINGS, *, data: Callable[[int], Any] = noisy, folder: str = "a", **options: Any
     ) -> Tuned:
         bridge, judge = TorchBridge(SMALL), options.pop("judge", None) or Judge()
-        teacher = options.pop("teacher", None) or Teacher(TorchBridge(DENSE))
-        result = finetune(bridge, data, settings, teacher=teacher, judge=judge, folder=tmp_path / folder, **options)
+        result = finetune(
+            bridge, data, settings, teacher=TorchBridge(DENSE), judge=judge, folder=tmp_path / folder, **options
+        )
         return Tuned(result, parameters(bridge), judge)
 
     return call
@@ -139,16 +138,6 @@ def test_only_labels_or_only_the_teacher(tune: Tune) -> None:
         for share in (1.0, 0.0)
     )
     assert by_teacher > by_labels + 20
-
-
-@pytest.mark.parametrize(("most", "asked"), [(2**20, 18), (10 * LOGITS[:20].nbytes, 18 + 8), (0, 36)])
-def test_the_teacher_is_asked_once_for_each_batch(most: int, asked: int, tune: Tune) -> None:
-    teacher = Teacher(TorchBridge(DENSE), most=most)
-    with patch.object(Learner, "__call__", autospec=True, side_effect=Learner.__call__) as call:
-        first = tune(teacher=teacher)
-        second = tune(teacher=teacher, folder="b")  # three epochs of the same six batches
-    assert equal(first.parameters, second.parameters)
-    assert call.call_count == 36 + asked  # the student is asked every time
 
 
 def test_a_killed_run_goes_on_with_the_same_bits(tune: Tune) -> None:
@@ -288,7 +277,7 @@ def test_outputs_that_are_not_class_scores(tmp_path: Path) -> None:
             TorchBridge(mod),
             batches,
             SETTINGS,
-            teacher=Teacher(TorchBridge(mod)),
+            teacher=TorchBridge(mod),
             judge=lambda bridge: Judged(0.0, 0.0),
             folder=tmp_path,
         )
@@ -310,7 +299,7 @@ from tvm_lowrank.searching.finetune import finetune
 from tvm_lowrank.searching.torchrun import joined
 
 bridge, judge, rank = t.TorchBridge(t.SMALL), t.Judge(), os.environ["RANK"]
-rest = {"teacher": t.Teacher(t.TorchBridge(t.DENSE)), "judge": judge, "folder": Path("shared")}
+rest = {"teacher": t.TorchBridge(t.DENSE), "judge": judge, "folder": Path("shared")}
 batches = {"seven": lambda epoch: [*t.batches(epoch), *t.batches(epoch)[:1]], "one": lambda epoch: t.batches(epoch)[:1]}
 with joined() as workers:
     result = finetune(bridge, batches[sys.argv[2]], t.SETTINGS, workers=workers, **rest)
