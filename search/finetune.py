@@ -1,8 +1,9 @@
 """Fine-tuning with labels: backpropagation through a compressed network, with the dense one as its teacher.
 
-The loss is (1 - a) cross-entropy(labels) + a T^2 KL(teacher at T || student at T) (Hinton et al. 2015). The factors of
-a chain are balanced first: a decomposition may leave one of them fifty times smaller than the other, and then no
-learning rate fits both. The epoch that is nearest to the dense network on the selection images wins, and the network as
+The loss is (1 - a) cross-entropy(labels) + a (T^2 KL(teacher at T || student at T) + f errors), where the former is
+Hinton et al.'s distillation (2015), and the errors are those of the inputs of all sites, as in the reconstruction
+(`tvm_lowrank.searching.reconstruct`): without them the student learns the teacher's answers for the training images by
+heart, and gets hardly nearer to it on others. The epoch that is nearest to the dense network on the selection images wins, and the network as
 it came takes part as epoch 0: the divergence moves smoothly where counted answers jump, and the labels of these images
 are still unused when the result is judged by them. After every epoch all that the next one depends on is written to a
 file, so that a killed run goes on with the same bits. Under `torchrun` each worker takes its share of the batches, and
@@ -35,7 +36,7 @@ from tvm_lowrank.files import replaced
 from tvm_lowrank.plan import Choice
 from tvm_lowrank.reference import summary
 from tvm_lowrank.searching.torchrun import Workers
-from tvm_lowrank.searching.training import Learner, assign, chain_of, ramp, values_of
+from tvm_lowrank.searching.training import FEATURES, Learner, assign, chain_of, features_error, ramp, values_of, watched
 from tvm_lowrank.training_data import Batch, Batches
 
 T = TypeVar("T")
@@ -58,6 +59,7 @@ class Settings:
     rate : highest learning rate; it rises over the first `warm_up` of all batches and falls to 0 along a cosine.
     distil : share of the loss, 0 to 1, that imitates the teacher; the rest is cross-entropy with the labels.
     temperature : what the logits are divided by before teacher and student are compared.
+    features : weight of the errors of the sites' inputs, relative to the teacher's, against the divergence in nats.
     decay : decoupled weight decay, relative to the rate; not of biases and other values per channel.
     clip : largest norm of the gradient.
     plan : what became of each site; factors of CP decompositions learn at `cp_rate` times the rate, because their
@@ -69,6 +71,7 @@ class Settings:
     rate: float = 6e-4
     distil: float = 0.9
     temperature: float = 2.0
+    features: float = FEATURES
     decay: float = 0.01
     clip: float = 1.0
     warm_up: float = 0.1
@@ -82,6 +85,7 @@ class Settings:
             "rate": (0, math.inf),
             "distil": (0, 1),
             "temperature": (1e-3, math.inf),
+            "features": (0, math.inf),
             "decay": (0, math.inf),
             "clip": (1e-9, math.inf),
             "warm_up": (0, 0.9),
@@ -309,7 +313,7 @@ class _Trainer:
         return mean
 
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        logits = self._student(images)
+        inputs, logits = watched(self._student, images)
         if logits.dim() != 2:
             shape = "x".join(map(str, logits.shape))
             raise UserError(f"the model's outputs have shape {shape}; fine-tuning needs class scores, images x classes")
@@ -317,9 +321,10 @@ class _Trainer:
         loss = (1 - share) * F.cross_entropy(logits, labels)
         if share:
             with torch.no_grad():
-                wanted = (self._teacher(images) / temperature).log_softmax(dim=1)
-            got = (logits / temperature).log_softmax(dim=1)
-            loss = loss + share * temperature**2 * F.kl_div(got, wanted, log_target=True, reduction="batchmean")
+                wanted_inputs, wanted = watched(self._teacher, images)
+            answers, own = ((values / temperature).log_softmax(dim=1) for values in (wanted, logits))
+            divergence = temperature**2 * F.kl_div(own, answers, log_target=True, reduction="batchmean")
+            loss = loss + share * (divergence + self.settings.features * features_error(wanted_inputs, inputs))
         return loss
 
 

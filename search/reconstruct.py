@@ -23,14 +23,13 @@ from tvm_lowrank.bridge import TorchBridge
 from tvm_lowrank.calibrate import predict
 from tvm_lowrank.graph import find_sites
 from tvm_lowrank.searching.damage import divergence
-from tvm_lowrank.searching.training import Learner, chain_of, ramp
+from tvm_lowrank.searching.training import FEATURES, Learner, features_error, ramp, relative_error, watched
 
 PASSES = 12  # over the images
 MOST_WORK = 2e14  # multiply-accumulates of a reconstruction; large networks get fewer passes
 BATCH = 50
 RATE = 3e-4  # of Adam, for balanced factors
 WARM_UP = 0.1
-FEATURES = 10.0  # weight of the inputs' mean relative error against the divergence in nats
 SHIFT = 1 / 8  # of an image's size
 
 
@@ -63,8 +62,8 @@ def reconstruct(
                 group["lr"] = RATE * ramp((done + 0.5) / steps, WARM_UP)
             batch = varied(x[picked], generator)
             with torch.no_grad():
-                wanted = _run(teacher, batch)
-            loss = _loss(wanted, _run(student, batch))
+                wanted = watched(teacher, batch)
+            loss = _loss(wanted, watched(student, batch))
             if not math.isfinite(loss.item()):
                 return network
             optimiser.zero_grad()
@@ -106,26 +105,10 @@ def varied(images: Tensor, generator: torch.Generator) -> Tensor:
     return padded[torch.arange(count).view(-1, 1, 1), rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
 
 
-def _run(learner: Learner, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """The inputs of the sites of the dense network, and the output."""
-    inputs: dict[str, Tensor] = {}
-
-    def tap(name: str, values: Tensor, _: Tensor) -> None:
-        inputs.setdefault(chain_of(name), values)  # the first factor has the input of the chain
-
-    output = learner(images, tap=tap)
-    return inputs, output
-
-
 def _loss(wanted: tuple[dict[str, Tensor], Tensor], got: tuple[dict[str, Tensor], Tensor]) -> Tensor:
     (inputs, output), (own_inputs, own_output) = wanted, got
     if output.dim() == 2:
         loss = F.kl_div(own_output.log_softmax(1), output.log_softmax(1), log_target=True, reduction="batchmean")
     else:
-        loss = _relative(output, own_output)
-    return loss + FEATURES * sum(_relative(values, own_inputs[name]) for name, values in inputs.items())
-
-
-def _relative(wanted: Tensor, got: Tensor) -> Tensor:
-    wanted, got = wanted.float(), got.float()
-    return (wanted - got).square().mean() / wanted.square().mean().clamp_min(1e-30)
+        loss = relative_error(output, own_output)
+    return loss + FEATURES * features_error(inputs, own_inputs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from tvm.ir import IRModule
 from tvm_lowrank.bridge import Tap, TorchBridge
 from tvm_lowrank.graph import bindings, conv_spec, is_site
 from tvm_lowrank.methods.balance import balance
+
+FEATURES = 10.0  # weight of the inputs' relative errors against the divergence in nats
 
 
 class Learner:
@@ -84,6 +86,28 @@ def ramp(done: float, warm_up: float) -> float:
     if done < warm_up:
         return done / warm_up
     return (1 + math.cos(math.pi * (done - warm_up) / (1 - warm_up))) / 2
+
+
+def watched(learner: Learner, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """The inputs of the sites of the dense network, by their names, and the output, for images (n, C, H, W)."""
+    inputs: dict[str, Tensor] = {}
+
+    def tap(name: str, values: Tensor, _: Tensor) -> None:
+        inputs.setdefault(chain_of(name), values)  # the first factor has the input of the chain
+
+    output = learner(images, tap=tap)
+    return inputs, output
+
+
+def features_error(wanted: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> Tensor:
+    """The sum of the `relative_error` of the inputs of all sites, as from `watched`."""
+    return torch.stack([relative_error(values, got[name]) for name, values in wanted.items()]).sum()
+
+
+def relative_error(wanted: Tensor, got: Tensor) -> Tensor:
+    """The mean squared error relative to the mean square of what is wanted."""
+    wanted, got = wanted.float(), got.float()
+    return (wanted - got).square().mean() / wanted.square().mean().clamp_min(1e-30)
 
 
 def has_bfloat16(device: torch.device) -> bool:
