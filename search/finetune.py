@@ -1,13 +1,13 @@
 """Fine-tuning with labels: backpropagation through a compressed network, with the dense one as its teacher.
 
-The loss is (1 - a) cross-entropy(labels) + a (T^2 KL(teacher at T || student at T) + f errors), where the former is
-Hinton et al.'s distillation (2015), and the errors are those of the inputs of all sites, as in the reconstruction
+The loss is (1 - a) cross-entropy(labels) + a (T^2 KL(teacher at T || student at T) + f errors). The former is Hinton et
+al.'s distillation (2015), and the errors are those of the inputs of all sites, as in the reconstruction
 (`tvm_lowrank.searching.reconstruct`): without them the student learns the teacher's answers for the training images by
-heart, and gets hardly nearer to it on others. The epoch that is nearest to the dense network on the selection images wins, and the network as
-it came takes part as epoch 0: the divergence moves smoothly where counted answers jump, and the labels of these images
-are still unused when the result is judged by them. After every epoch all that the next one depends on is written to a
-file, so that a killed run goes on with the same bits. Under `torchrun` each worker takes its share of the batches, and
-the gradients are averaged.
+heart, and gets hardly nearer to it on others. The epoch that is nearest to the dense network on the selection images
+wins, and the network as it came takes part as epoch 0: the divergence moves smoothly where counted answers jump, and
+the labels of these images are still unused when the result is judged by them. After every epoch all that the next one
+depends on is written to a file, so that a killed run goes on with the same bits. Under `torchrun` each worker takes its
+share of the batches, and the gradients are averaged.
 """
 
 from __future__ import annotations
