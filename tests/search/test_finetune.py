@@ -19,14 +19,17 @@ from tvm.ir import IRModule
 from tvm_lowrank.bridge import TorchBridge
 from tvm_lowrank.calibrate import predict
 from tvm_lowrank.errors import TimeUp, UserError
+from tvm_lowrank.graph import find_sites
 from tvm_lowrank.importer import import_model
 from tvm_lowrank.plan import Choice, Plan
 from tvm_lowrank.searching.damage import divergence
 from tvm_lowrank.searching.finetune import Judged, Result, Settings, finetune
+from tvm_lowrank.searching.training import Learner, assign, features_error, watched
 from tvm_lowrank.transform import DecomposeConv2D
 
 PLAN = Plan({"0": Choice("cp3", 8), "2": Choice("spatial", 4)})
 SETTINGS = Settings(epochs=3, rate=0.01, plan=PLAN)
+SUMMED = replace(SETTINGS, features=0.0)  # a loss that is the mean over the images, however they are shared out
 rng = np.random.default_rng(0)
 X = rng.normal(size=(120, 3, 8, 8)).astype("float32")
 
@@ -138,6 +141,24 @@ def test_only_labels_or_only_the_teacher(tune: Tune) -> None:
         for share in (1.0, 0.0)
     )
     assert by_teacher > by_labels + 20
+
+
+def test_the_inputs_of_the_sites_are_imitated(tune: Tune) -> None:
+    """The first factor of a chain has the input of the site; with no other loss, this is what gets better."""
+
+    def error(values: list[np.ndarray]) -> float:
+        net = TorchBridge(SMALL)
+        assign(net, [torch.from_numpy(value) for value in values])
+        x = torch.from_numpy(X)
+        with torch.no_grad():
+            wanted, got = (watched(Learner(bridge), x)[0] for bridge in (TorchBridge(DENSE), net))
+        assert list(wanted) == list(got) == [site.id for site in find_sites(DENSE)]
+        return float(features_error(wanted, got))
+
+    # the answers count for next to nothing
+    settings = replace(SETTINGS, epochs=10, distil=1.0, temperature=1e-3, features=1e4)
+    trained = tune(settings, data=batches, judge=Judge([1.0] + [0.5] * 9 + [0.1])).parameters
+    assert error(trained) < 0.5 * error(parameters(TorchBridge(SMALL)))
 
 
 def test_a_killed_run_goes_on_with_the_same_bits(tune: Tune) -> None:
@@ -302,7 +323,7 @@ bridge, judge, rank = t.TorchBridge(t.SMALL), t.Judge(), os.environ["RANK"]
 rest = {"teacher": t.TorchBridge(t.DENSE), "judge": judge, "folder": Path("shared")}
 batches = {"seven": lambda epoch: [*t.batches(epoch), *t.batches(epoch)[:1]], "one": lambda epoch: t.batches(epoch)[:1]}
 with joined() as workers:
-    result = finetune(bridge, batches[sys.argv[2]], t.SETTINGS, workers=workers, **rest)
+    result = finetune(bridge, batches[sys.argv[2]], t.SUMMED, workers=workers, **rest)
 np.savez(f"rank{rank}.npz", *t.parameters(bridge), judged=len(judge.seen), score=result.kept.score)
 """
 
@@ -326,7 +347,7 @@ def test_two_workers_are_one_with_twice_the_batch(tune: Tune, tmp_path: Path) ->
     done = two_workers("seven", tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("epoch 3 of 3") == 1
-    alone = tune(data=doubled)
+    alone = tune(SUMMED, data=doubled)
     start = parameters(TorchBridge(SMALL))
     first, second = (np.load(tmp_path / f"rank{rank}.npz") for rank in (0, 1))
     assert (first["judged"], second["judged"]) == (4, 0)
