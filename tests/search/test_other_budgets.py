@@ -95,7 +95,10 @@ def test_most_accurate_within_a_latency(folder: Path, run: Run) -> None:
 
     limit = math.sqrt(dense * fastest)
     arguments = ("--max-latency", f"{1e3 * limit:.1f}us", "--out", "within")
-    done = search(run, folder, *arguments)
+    for _ in range(4):  # a busy machine may be slower now than it was when it gave the limit
+        done = search(run, folder, *arguments, "--force")
+        if "more than --max-latency" not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr
     manifest = json.loads((folder / "within" / "manifest.json").read_text())
     assert set(manifest) >= set(REQUIRED) and manifest["budget"] is None
