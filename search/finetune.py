@@ -36,8 +36,9 @@ from tvm_lowrank.files import replaced
 from tvm_lowrank.plan import Choice
 from tvm_lowrank.reference import summary
 from tvm_lowrank.searching.torchrun import Workers
-from tvm_lowrank.searching.training import FEATURES, Learner, assign, chain_of, features_error, ramp, values_of, watched
+from tvm_lowrank.searching.training import FEATURES, Learner, assign, imitation, ramp, values_of, watched
 from tvm_lowrank.training_data import Batch, Batches
+from tvm_lowrank.transform import chain_of
 
 T = TypeVar("T")
 
@@ -314,18 +315,18 @@ class _Trainer:
         return mean
 
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        inputs, logits = watched(self._student, images)
+        got = watched(self._student, images)
+        logits = got[1]
         if logits.dim() != 2:
             shape = "x".join(map(str, logits.shape))
             raise UserError(f"the model's outputs have shape {shape}; fine-tuning needs class scores, images x classes")
-        share, temperature = self.settings.distil, self.settings.temperature
-        loss = (1 - share) * F.cross_entropy(logits, labels)
-        if share:
+        settings = self.settings
+        loss = (1 - settings.distil) * F.cross_entropy(logits, labels)
+        if settings.distil:
             with torch.no_grad():
-                wanted_inputs, wanted = watched(self._teacher, images)
-            answers, own = ((values / temperature).log_softmax(dim=1) for values in (wanted, logits))
-            divergence = temperature**2 * F.kl_div(own, answers, log_target=True, reduction="batchmean")
-            loss = loss + share * (divergence + self.settings.features * features_error(wanted_inputs, inputs))
+                wanted = watched(self._teacher, images)
+            how = {"temperature": settings.temperature, "features": settings.features}
+            loss = loss + settings.distil * imitation(wanted, got, **how)
         return loss
 
 

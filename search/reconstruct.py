@@ -23,7 +23,7 @@ from tvm_lowrank.bridge import TorchBridge
 from tvm_lowrank.calibrate import predict
 from tvm_lowrank.graph import find_sites
 from tvm_lowrank.searching.damage import divergence
-from tvm_lowrank.searching.training import FEATURES, Learner, features_error, ramp, relative_error, watched
+from tvm_lowrank.searching.training import Learner, imitation, ramp, watched
 
 PASSES = 12  # over the images
 MOST_WORK = 2e14  # multiply-accumulates of a reconstruction; large networks get fewer passes
@@ -63,7 +63,7 @@ def reconstruct(
             batch = varied(x[picked], generator)
             with torch.no_grad():
                 wanted = watched(teacher, batch)
-            loss = _loss(wanted, watched(student, batch))
+            loss = imitation(wanted, watched(student, batch))
             if not math.isfinite(loss.item()):
                 return network
             optimiser.zero_grad()
@@ -103,12 +103,3 @@ def varied(images: Tensor, generator: torch.Generator) -> Tensor:
     rows = torch.randint(0, 2 * down + 1, (count, 1), generator=generator) + torch.arange(height)
     cols = torch.randint(0, 2 * across + 1, (count, 1), generator=generator) + torch.arange(width)
     return padded[torch.arange(count).view(-1, 1, 1), rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
-
-
-def _loss(wanted: tuple[dict[str, Tensor], Tensor], got: tuple[dict[str, Tensor], Tensor]) -> Tensor:
-    (inputs, output), (own_inputs, own_output) = wanted, got
-    if output.dim() == 2:
-        loss = F.kl_div(own_output.log_softmax(1), output.log_softmax(1), log_target=True, reduction="batchmean")
-    else:
-        loss = relative_error(output, own_output)
-    return loss + FEATURES * features_error(inputs, own_inputs)

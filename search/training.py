@@ -11,11 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.func import functional_call
+from torch.nn import functional as F
 from tvm.ir import IRModule
 
 from tvm_lowrank.bridge import Tap, TorchBridge
 from tvm_lowrank.graph import bindings, conv_spec, is_site
 from tvm_lowrank.methods.balance import balance
+from tvm_lowrank.transform import chain_of
 
 FEATURES = 10.0  # weight of the inputs' relative errors against the divergence in nats
 
@@ -76,11 +78,6 @@ def assign(net: TorchBridge, values: Sequence[Tensor]) -> None:
         parameter.copy_(value)
 
 
-def chain_of(name: str) -> str:
-    """The site that a factor belongs to, or the site itself."""
-    return re.sub(r"\.factor\d+$", "", name)
-
-
 def ramp(done: float, warm_up: float) -> float:
     """The learning rate as a part of the highest when a share `done` of the training is over: up, then a cosine."""
     if done < warm_up:
@@ -88,7 +85,10 @@ def ramp(done: float, warm_up: float) -> float:
     return (1 + math.cos(math.pi * (done - warm_up) / (1 - warm_up))) / 2
 
 
-def watched(learner: Learner, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+Watched = tuple[dict[str, Tensor], Tensor]
+
+
+def watched(learner: Learner, images: Tensor) -> Watched:
     """The inputs of the sites of the dense network, by their names, and the output, for images (n, C, H, W)."""
     inputs: dict[str, Tensor] = {}
 
@@ -99,13 +99,27 @@ def watched(learner: Learner, images: Tensor) -> tuple[dict[str, Tensor], Tensor
     return inputs, output
 
 
+def imitation(wanted: Watched, got: Watched, *, temperature: float = 1.0, features: float = FEATURES) -> Tensor:
+    """How far a network, as `watched`, is from what is wanted: its answers, and with a weight the inputs of its sites.
+
+    Of class scores (n, classes) this is the divergence in nats, both divided by the temperature first, times its square
+    (Hinton et al. 2015); of other outputs, and of inputs, the mean squared error relative to the mean square.
+    """
+    (inputs, output), (own_inputs, own_output) = wanted, got
+    if output.dim() == 2:
+        answers, own = ((values / temperature).log_softmax(dim=1) for values in (output, own_output))
+        loss = temperature**2 * F.kl_div(own, answers, log_target=True, reduction="batchmean")
+    else:
+        loss = _relative_error(output, own_output)
+    return loss + features * features_error(inputs, own_inputs)
+
+
 def features_error(wanted: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> Tensor:
-    """The sum of the `relative_error` of the inputs of all sites, as from `watched`."""
-    return torch.stack([relative_error(values, got[name]) for name, values in wanted.items()]).sum()
+    """The sum over all sites of the relative errors of their inputs."""
+    return torch.stack([_relative_error(values, got[name]) for name, values in wanted.items()]).sum()
 
 
-def relative_error(wanted: Tensor, got: Tensor) -> Tensor:
-    """The mean squared error relative to the mean square of what is wanted."""
+def _relative_error(wanted: Tensor, got: Tensor) -> Tensor:
     wanted, got = wanted.float(), got.float()
     return (wanted - got).square().mean() / wanted.square().mean().clamp_min(1e-30)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -18,6 +19,11 @@ from tvm_lowrank.plan import DENSE, Choice, Plan
 def factor_names(site: str, count: int) -> list[str]:
     """The names of the variables that a chain's convolutions are bound to, in order."""
     return [f"{site}.factor{i}" for i in range(1, count + 1)]
+
+
+def chain_of(name: str) -> str:
+    """The site that a factor belongs to, or the site itself."""
+    return re.sub(r"\.factor\d+$", "", name)
 
 
 @mutator
