@@ -17,9 +17,9 @@ import io
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,52 +33,46 @@ from tvm_lowrank import console
 from tvm_lowrank.bridge import TorchBridge
 from tvm_lowrank.errors import TimeUp, UserError
 from tvm_lowrank.files import replaced
-from tvm_lowrank.plan import Choice
 from tvm_lowrank.reference import summary
+from tvm_lowrank.searching.muon import Muon
 from tvm_lowrank.searching.torchrun import Workers
-from tvm_lowrank.searching.training import FEATURES, Learner, assign, imitation, ramp, values_of, watched
+from tvm_lowrank.searching.training import (
+    Learner,
+    assign,
+    imitation,
+    parameter_groups,
+    ramp,
+    values_of,
+    watched,
+)
 from tvm_lowrank.training_data import Batch, Batches
-from tvm_lowrank.transform import chain_of
 
 T = TypeVar("T")
 
-CP_METHODS = ("cp3", "cp4")
-_VERSION = 2  # of the checkpoint and of the arithmetic
+_VERSION = 3  # of the checkpoint and of the arithmetic
 
 
 @dataclass(frozen=True)
 class Settings:
     """How to fine-tune.
 
-    The defaults were tried on two networks whose convolutions had become CP chains, a bundled one of 0.0402 nats of
-    damage and a ResNet-20 of 0.0244. Half an epoch of 49,000 images brought them to 0.0363 and 0.0223 at a `rate` of
-    6e-4 and a `cp_rate` of 0.1, 0.0347 and 0.0216 at 6e-4 and 0.5, 0.0344 and 0.0211 at 1.5e-3 and 0.3. Without
-    `features` a whole epoch brought them to 0.0385 and 0.0237 (6e-4, 0.1).
-
     Parameters
     ----------
     epochs : passes over the training images.
-    rate : highest learning rate; it rises over the first `warm_up` of all batches and falls to 0 along a cosine.
+    rate : norm of the largest step of a layer, as a part of its weights' own; the factors of a chain share it. It
+        rises over the first `warm_up` of all batches and falls to 0 along a cosine.
     distil : share of the loss, 0 to 1, that imitates the teacher; the rest is cross-entropy with the labels.
     temperature : what the logits are divided by before teacher and student are compared.
     features : weight of the errors of the sites' inputs, relative to the teacher's, against the divergence in nats.
-    decay : decoupled weight decay, relative to the rate; not of biases and other values per channel.
-    clip : largest norm of the gradient.
-    plan : what became of each site; factors of CP decompositions learn at `cp_rate` times the rate, because their
-        errors multiply.
     seed : of everything random that the training data draws from the global generators.
     """
 
     epochs: int = 1
-    rate: float = 1.5e-3
+    rate: float = 0.006
     distil: float = 0.9
     temperature: float = 2.0
-    features: float = FEATURES
-    decay: float = 0.01
-    clip: float = 1.0
+    features: float = 4.0
     warm_up: float = 0.1
-    plan: Mapping[str, Choice] = field(default_factory=dict)
-    cp_rate: float = 0.3
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -88,10 +82,7 @@ class Settings:
             "distil": (0, 1),
             "temperature": (1e-3, math.inf),
             "features": (0, math.inf),
-            "decay": (0, math.inf),
-            "clip": (1e-9, math.inf),
             "warm_up": (0, 0.9),
-            "cp_rate": (0, math.inf),
         }
         for name, (low, high) in limits.items():
             if not low <= getattr(self, name) <= high:
@@ -278,7 +269,7 @@ class _Trainer:
         net = self._student.bridge
         # workers on machines that are not the same need not have got the same bits
         assign(net, workers.of_first(lambda: values_of(net)))
-        self._optimiser = torch.optim.AdamW(_groups(net, settings), lr=settings.rate)
+        self._optimiser = Muon(parameter_groups(net), lr=settings.rate)
 
     def save(self) -> tuple[list[Tensor], dict[str, Any]]:
         """The student's parameters and the optimiser's state."""
@@ -303,13 +294,13 @@ class _Trainer:
     def _step(self, batch: Batch, rate: float) -> float:
         """One update of the student; returns the loss, or NaN without an update where the gradient is not finite."""
         for group in self._optimiser.param_groups:
-            group["lr"] = rate * group["scale"]
+            group["lr"] = rate
         self._optimiser.zero_grad()
         loss = self._loss(*(part.to(self.workers.device) for part in batch))
         loss.backward()
         mean = self.workers.average(loss.detach(), self._student.parameters)
-        norm = torch.nn.utils.clip_grad_norm_(self._student.parameters, self.settings.clip)
-        if not math.isfinite(float(norm)):
+        gradients = [values.grad for values in self._student.parameters if values.grad is not None]
+        if not math.isfinite(float(torch.nn.utils.get_total_norm(gradients))):
             return math.nan
         self._optimiser.step()
         return mean
@@ -328,21 +319,6 @@ class _Trainer:
             how = {"temperature": settings.temperature, "features": settings.features}
             loss = loss + settings.distil * imitation(wanted, got, **how)
         return loss
-
-
-def _groups(net: TorchBridge, settings: Settings) -> list[dict[str, Any]]:
-    """The parameters by the scale of their learning rate and their weight decay."""
-    careful = {
-        id(net.site_parameters(name).weight)
-        for name in net.sites
-        if settings.plan.get(chain_of(name), Choice()).method in CP_METHODS
-    }
-    groups: dict[tuple[float, float], list[Tensor]] = {}
-    for values in net.parameters():
-        per_channel = sum(size > 1 for size in values.shape) <= 1
-        group = settings.cp_rate if id(values) in careful else 1.0, 0.0 if per_channel else settings.decay
-        groups.setdefault(group, []).append(values)
-    return [{"params": own, "scale": scale, "weight_decay": decay} for (scale, decay), own in groups.items()]
 
 
 def _steps(batches: Iterable[Batch], workers: Workers) -> int:

@@ -14,13 +14,15 @@ from typing import Any, TypeVar
 from tvm_lowrank.errors import UserError
 
 T = TypeVar("T")
+FORMAT = 1  # raised when the values of a kind get another form
 
 
 class Journal:
     """Results of expensive calls, by kind and key; a search that died finds them again.
 
     Every line is ``{"kind": …, "key": …, "value": …}``. A torn last line (the process was killed while writing) is
-    dropped; `dropped` says so. Entries that belong to another question are kept apart by the run's `header`.
+    dropped; `dropped` says so. Entries that belong to another question, or that another version wrote in another form,
+    are kept apart by the run's `header`.
 
     Raises
     ------
@@ -34,7 +36,7 @@ class Journal:
         self.dropped = False
         self._values: dict[tuple[str, str], Any] = {}
         self._file = _locked(path)
-        header = json.loads(json.dumps(header))
+        header = json.loads(json.dumps({**header, "journal format": FORMAT}))
         entries = list(self._read())
         if not entries:
             self._append({"kind": "run", "key": "header", "value": header})

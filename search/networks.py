@@ -51,14 +51,13 @@ class Training:
     def run(
         self,
         bridge: TorchBridge,
-        plan: Plan,
         teacher: TorchBridge,
         judge: Callable[[TorchBridge], Judged],
         folder: Path,
         deadline: float,
     ) -> None:
-        """Train the network of a plan in place; every worker must do so."""
-        settings = Settings(epochs=self.epochs, plan=plan, seed=self.seed)
+        """Train a network in place; every worker must do so."""
+        settings = Settings(epochs=self.epochs, seed=self.seed)
         finetune(
             bridge,
             self.batches,
@@ -178,7 +177,7 @@ class Networks:
             assert training is not None and folder is not None
             bridge = TorchBridge(start())
             training.workers.of_first(plan.to_json)  # the others wait for it, in `follow`
-            training.run(bridge, plan, TorchBridge(self.mod), self._judge, folder, self._deadline)
+            training.run(bridge, TorchBridge(self.mod), self._judge, folder, self._deadline)
             return bridge.to_relax()
 
         return self._fitted.once(plan, f"{how}, {self._name}", fit)
@@ -194,7 +193,7 @@ def follow(mod: IRModule, training: Training) -> None:
         plan = Plan.from_json(text)
         bridge = TorchBridge(replace_sites(mod, shape_chains(mod, plan)))
         with suppress(TimeUp):
-            training.run(bridge, plan, TorchBridge(mod), nobody, Path(), float("inf"))
+            training.run(bridge, TorchBridge(mod), nobody, Path(), float("inf"))
 
 
 def dismiss(workers: Workers) -> None:

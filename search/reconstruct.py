@@ -23,12 +23,13 @@ from tvm_lowrank.bridge import TorchBridge
 from tvm_lowrank.calibrate import predict
 from tvm_lowrank.graph import find_sites
 from tvm_lowrank.searching.damage import divergence
-from tvm_lowrank.searching.training import Learner, imitation, ramp, watched
+from tvm_lowrank.searching.muon import Muon
+from tvm_lowrank.searching.training import Learner, imitation, parameter_groups, ramp, watched
 
 PASSES = 12  # over the images
 MOST_WORK = 2e14  # multiply-accumulates of a reconstruction; large networks get fewer passes
 BATCH = 50
-RATE = 3e-4  # of Adam, for balanced factors
+RATE = 0.006  # of Muon
 WARM_UP = 0.1
 SHIFT = 1 / 8  # of an image's size
 
@@ -51,7 +52,7 @@ def reconstruct(
     advance : called with the number of images done after each batch.
     """
     teacher, student = Learner(dense), Learner(network, learns=True)
-    optimiser = torch.optim.Adam(student.parameters, lr=RATE)
+    optimiser = Muon(parameter_groups(student.bridge), lr=RATE)
     generator = torch.Generator().manual_seed(seed)
     x = torch.from_numpy(images)
     steps = passes * math.ceil(len(x) / BATCH)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from tvm.ir import IRModule
 from tvm_lowrank.bridge import Tap, TorchBridge
 from tvm_lowrank.graph import bindings, conv_spec, is_site
 from tvm_lowrank.methods.balance import balance
+from tvm_lowrank.methods.chain import ConvSpec
 from tvm_lowrank.transform import chain_of
 
 FEATURES = 10.0  # weight of the inputs' relative errors against the divergence in nats
@@ -131,10 +134,26 @@ def has_bfloat16(device: torch.device) -> bool:
     return re.search(r"\b(avx512_bf16|amx_bf16)\b", Path("/proc/cpuinfo").read_text()) is not None
 
 
+def parameter_groups(net: TorchBridge) -> list[dict[str, Any]]:
+    """All parameters, as `tvm_lowrank.searching.muon.Muon` wants them: by the groups of the convolutions they are of.
+
+    The factors of a chain share a rate, for their relative errors add.
+    """
+    specs = _specs(net)
+    lengths = Counter(map(chain_of, specs))
+    kinds = {
+        id(net.site_parameters(name).weight): (spec.groups, 1 / lengths[chain_of(name)]) for name, spec in specs.items()
+    }
+    groups: dict[tuple[int, float], list[Tensor]] = {}
+    for values in net.parameters():
+        groups.setdefault(kinds.get(id(values), (1, 1.0)), []).append(values)
+    return [{"params": params, "blocks": blocks, "share": share} for (blocks, share), params in groups.items()]
+
+
 @torch.no_grad()
 def _balance(net: TorchBridge) -> None:
     """Scale the factors of each chain until they have one norm; what the network computes stays."""
-    specs = {b.var.name: conv_spec(b.value) for b in bindings(net.function) if is_site(b.value)}
+    specs = _specs(net)
     chains: dict[str, list[str]] = {}
     for name in specs:
         if chain_of(name) != name:
@@ -144,3 +163,7 @@ def _balance(net: TorchBridge) -> None:
         balanced = balance([specs[name] for name in names], [weight.cpu().numpy() for weight in weights])
         for weight, values in zip(weights, balanced, strict=True):
             weight.copy_(torch.from_numpy(values))
+
+
+def _specs(net: TorchBridge) -> dict[str, ConvSpec]:
+    return {b.var.name: conv_spec(b.value) for b in bindings(net.function) if is_site(b.value)}

@@ -24,11 +24,11 @@ from tvm_lowrank.importer import import_model
 from tvm_lowrank.plan import Choice, Plan
 from tvm_lowrank.searching.damage import divergence
 from tvm_lowrank.searching.finetune import Judged, Result, Settings, finetune
-from tvm_lowrank.searching.training import Learner, assign, features_error, watched
+from tvm_lowrank.searching.training import Learner, assign, features_error, parameter_groups, watched
 from tvm_lowrank.transform import DecomposeConv2D
 
 PLAN = Plan({"0": Choice("cp3", 8), "2": Choice("spatial", 4)})
-SETTINGS = Settings(epochs=3, rate=0.01, plan=PLAN)
+SETTINGS = Settings(epochs=3, rate=0.03)
 SUMMED = replace(SETTINGS, features=0.0)  # a loss that is the mean over the images, however they are shared out
 rng = np.random.default_rng(0)
 X = rng.normal(size=(120, 3, 8, 8)).astype("float32")
@@ -265,25 +265,22 @@ def test_a_loss_that_is_not_finite_ends_it(tune: Tune, capsys: pytest.CaptureFix
     assert tune(data=lambda epoch: pytest.fail("training again")).result == tuned.result
 
 
-def test_rates_and_decay_of_the_groups(tune: Tune) -> None:
-    """One update of Adam is the rate times a sign, whatever the gradient; decay comes on top."""
-
-    def after(**changes: Any) -> dict[str, np.ndarray]:
-        name = "-".join(map(str, changes.values()))
-        bridge = TorchBridge(SMALL)
-        settings = replace(SETTINGS, epochs=1, **changes)
-        judge = Judge([1, 0])
-        tuned = tune(settings, data=lambda epoch: batches(1)[:1], judge=judge, folder=name)
-        named = dict(zip((n for n, _ in bridge.named_parameters()), tuned.parameters, strict=True))
-        own = {id(bridge.site_parameters(site).weight): site for site in bridge.sites}
-        return {own.get(id(p), n): named[n] for n, p in bridge.named_parameters()}
-
-    still, plain, decayed = after(cp_rate=0.0, decay=0.0), after(cp_rate=1.0, decay=0.0), after(cp_rate=1.0, decay=0.5)
-    moved = {name for name in plain if not np.array_equal(plain[name], still[name])}
-    assert moved == {"0.factor1", "0.factor2", "0.factor3"}
-    shrunk = {name for name in plain if not np.array_equal(plain[name], decayed[name])}
-    assert shrunk == {name for name, values in plain.items() if sum(size > 1 for size in values.shape) > 1}
-    assert len(shrunk) == len(plain) - 3  # all but the three biases
+def test_the_factors_of_a_chain_share_the_rate() -> None:
+    bridge = TorchBridge(SMALL)
+    groups = parameter_groups(bridge)
+    known = {id(values): (group["blocks"], group["share"]) for group in groups for values in group["params"]}
+    assert len(known) == len(list(bridge.parameters()))
+    weights = {site: known.pop(id(bridge.site_parameters(site).weight)) for site in bridge.sites}
+    third = 1 / 3
+    assert weights == {
+        "0.factor1": (1, third),
+        "0.factor2": (8, third),
+        "0.factor3": (1, third),
+        "2.factor1": (1, 0.5),
+        "2.factor2": (1, 0.5),
+        "6": (1, 1.0),
+    }
+    assert set(known.values()) == {(1, 1.0)}
 
 
 def test_data_without_a_length_and_epochs_of_different_lengths(tune: Tune) -> None:

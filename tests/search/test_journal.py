@@ -60,6 +60,13 @@ def test_another_question_is_refused(tmp_path: Path) -> None:
         Journal(tmp_path / "j", {**HEADER, "seed": 1})
 
 
+def test_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Journal(tmp_path / "j", HEADER).close()
+    monkeypatch.setattr("tvm_lowrank.searching.journal.FORMAT", 0)
+    with pytest.raises(UserError, match="another journal format; choose another --out or use --force"):
+        Journal(tmp_path / "j", HEADER)
+
+
 def test_two_searches_do_not_share_a_journal(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "j", HEADER)
     with pytest.raises(UserError, match="in use"):
