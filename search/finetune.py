@@ -36,15 +36,7 @@ from tvm_lowrank.files import replaced
 from tvm_lowrank.reference import summary
 from tvm_lowrank.searching.muon import Muon
 from tvm_lowrank.searching.torchrun import Workers
-from tvm_lowrank.searching.training import (
-    Learner,
-    assign,
-    imitation,
-    parameter_groups,
-    ramp,
-    values_of,
-    watched,
-)
+from tvm_lowrank.searching.training import Learner, assign, imitation, parameter_groups, ramp, values_of, watched
 from tvm_lowrank.training_data import Batch, Batches
 
 T = TypeVar("T")

@@ -47,9 +47,10 @@ class Muon(torch.optim.Optimizer):
     def _way(self, values: Tensor, gradient: Tensor, blocks: int) -> Tensor:
         """Where to go: of norm 1, or less where the gradients of a row do not agree."""
         state = self.state[values]
-        momentum = state.setdefault("momentum", gradient.clone()).lerp_(gradient, 1 - MOMENTUM)
+        momentum = state["momentum"] = state.get("momentum", gradient).lerp(gradient, 1 - MOMENTUM)
         if len(values) == blocks:
-            square = state.setdefault("square", gradient.square()).lerp_(gradient.square(), 1 - SECOND_MOMENT)
+            now = gradient.square()
+            square = state["square"] = state.get("square", now).lerp(now, 1 - SECOND_MOMENT)
             return momentum / (values.numel() * square).sqrt().clamp_min(1e-30)
         ahead = gradient.lerp(momentum, MOMENTUM)  # Nesterov's
         way = orthogonal(ahead.reshape(blocks, len(values) // blocks, -1)).reshape(values.shape)
