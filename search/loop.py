@@ -31,7 +31,7 @@ from tvm_lowrank.metric import Metric, accuracy, paired_drop
 from tvm_lowrank.plan import DENSE, Choice, Plan
 from tvm_lowrank.searching.allocate import Option, allocate
 from tvm_lowrank.searching.damage import divergence
-from tvm_lowrank.searching.drops import Counted, Drops, limit_for
+from tvm_lowrank.searching.drops import Counted, Rate, limit_for
 from tvm_lowrank.searching.finetune import Judged
 from tvm_lowrank.searching.journal import Journal
 from tvm_lowrank.searching.networks import Fit, Networks, Training
@@ -44,7 +44,7 @@ AIM = 0.9  # part of the budget at which plans are aimed
 NEAR = 0.8  # part of the budget from which the loop ends: a plan that spends all of it is a few percent faster
 APART = 1.15  # least factor between limits that are tried: plans nearer than that differ by two percent in time
 MOST_EVALUATIONS = 12
-FINETUNED_STEP = 3.0  # factor from the limit that the reconstruction reaches to where the fine-tuning begins
+FINETUNED_STEP = 1.5  # from the limit that the reconstruction reaches: two epochs took 26 to 32 % of a plan's damage
 MOST_FINETUNED = 4
 BACK_OFF = 0.7  # factor on the limit after a plan failed on the evaluation split
 LEAST_LIMIT, MOST_LIMIT = 1e-6, 10.0  # nats; beyond these nothing changes any more
@@ -81,7 +81,7 @@ class Evaluated(Placed):
     """A plan whose fitted network was really evaluated on the selection split."""
 
     damage: float  # measured, nats, on the selection images
-    drop: float  # counted, points, on the selection split; with `Settings.confident` the end of its interval
+    drop: float  # counted, points, on the selection split
     error: float  # standard error of the drop, points
     fit: Fit
 
@@ -127,7 +127,7 @@ class Search:
         self.sites = find_sites(mod)
         self.damage: dict[str, dict[Choice, float]] = {}  # of every candidate, in nats, once `probe` was called
         self.seconds: dict[str, float] = {}  # by phase, of this process
-        self._drops = Drops()
+        self._rate = Rate()
         self.sensitivity = Sensitivity(
             mod,
             splits.calibration,
@@ -213,9 +213,8 @@ class Search:
             labels, logits = self.splits.selection[1], self._answers(self.networks(placed.plan, fit))
             before, after = self.metric.scores(self.dense_selection, labels), self.metric.scores(logits, labels)
             drop, interval = paired_drop(before, after)
-            lost = interval[1] if self.settings.confident and placed.plan else drop
             error = (interval[1] - interval[0]) / INTERVAL
-            return {"drop": lost, "error": error, "damage": divergence(self.dense_selection, logits)}
+            return {"drop": drop, "error": error, "damage": divergence(self.dense_selection, logits)}
 
         doing = "fine-tuning plans" if fit == "finetuned" else "fitting and evaluating plans"
         with console.timed(self.seconds, doing):
@@ -223,12 +222,16 @@ class Search:
             found = self.journal.once("evaluation", network, judge)
         result = Evaluated(**vars(placed), damage=found["damage"], drop=found["drop"], error=found["error"], fit=fit)
         if placed.plan:
-            self._drops.of(result.finetuned).learn(network, result.counted)
+            self._rate.learn(network, result.counted)
         return result
 
     def expected_drop(self, result: Evaluated) -> float:
-        """Points that a network loses, by all that was evaluated so far."""
-        return self._drops.of(result.finetuned).expected(result.counted)
+        """Points that a network loses, by all that was evaluated so far; the end of the interval if `confident`."""
+        return self._rate.expected(result.counted) + self._margin(result)
+
+    def _margin(self, result: Evaluated) -> float:
+        """Points that the budget must cover beside the expected ones."""
+        return INTERVAL / 2 * result.error if self.settings.confident and result.plan else 0.0
 
     def _keeps(self, result: Evaluated) -> bool:
         """Whether a network is expected to keep the budget."""
@@ -363,7 +366,7 @@ class Search:
         below = max((own.limit for own in inside), default=0.0)
         above = min((own.limit for own in tried if own not in inside and own.limit > below), default=math.inf)
         known = {own.limit: own.damage for own in tried}
-        goal = self._drops.of(tried[0].finetuned).damage(AIM * self._budget)
+        goal = self._rate.damage(AIM * self._budget - self._margin(tried[-1]))
         wanted = limit_for(goal, known, least=LEAST_LIMIT, most=MOST_LIMIT)
         low = max(below, min(known) / FARTHEST)
         high = min(above / APART, max(known) * FARTHEST)

@@ -180,12 +180,12 @@ def pareto(plans: Sequence[Tried], chosen: str, budget: float | None) -> str:
 
 def expected_drops(plans: Sequence[Tried]) -> list[float]:
     """Points that each plan loses by its damage and by what the damages of all cost (`tvm_lowrank.searching.drops`)."""
-    from tvm_lowrank.searching.drops import Counted, Drops
+    from tvm_lowrank.searching.drops import Counted, Rate
 
-    drops, counted = Drops(), [Counted(plan.damage, plan.drop, plan.error) for plan in plans]
+    rate, counted = Rate(), [Counted(plan.damage, plan.drop, plan.error) for plan in plans]
     for plan, own in zip(plans, counted, strict=True):
-        drops.of(plan.fit == "finetuned").learn(f"{plan.fit} {plan.plan}", own)
-    return [drops.of(plan.fit == "finetuned").expected(own) for plan, own in zip(plans, counted, strict=True)]
+        rate.learn(f"{plan.fit} {plan.plan}", own)
+    return [rate.expected(own) for own in counted]
 
 
 def agreement(plans: Sequence[Tried]) -> str:
