@@ -245,11 +245,11 @@ class Search:
     def evaluate_shortly(self, placed: Placed) -> Evaluated:
         """Fit a plan without labels, as far as its verdict needs it.
 
-        What keeps the budget after the refit would keep it after the reconstruction, and what is far outside would
-        not: then the refitted network's figures are returned.
+        What is far inside the budget after the refit is so after the reconstruction, and what is far outside stays
+        outside: then the refitted network's figures are returned.
         """
         found = self.evaluate(placed, "refitted")
-        if placed.plan and self._budget < self.expected_drop(found) <= REACH * self._budget:
+        if placed.plan and NEAR * self._budget <= self.expected_drop(found) <= REACH * self._budget:
             return self.evaluate(placed, "reconstructed")
         return found
 
