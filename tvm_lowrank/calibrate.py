@@ -72,31 +72,30 @@ def collect_moments(
     """
     wanted = {site.id: site for site in sites}
     counts = dict.fromkeys(wanted, 0)
-    sums: dict[str, np.ndarray] = {}
-    products: dict[str, np.ndarray] = {}
+    sums: dict[str, Tensor] = {}
+    products: dict[str, Tensor] = {}
     start = 0
 
     def tap(name: str, inputs: Tensor, outputs: Tensor) -> None:
         if name not in wanted:
             return
         rows, cols = sample_positions(name, start, len(inputs), (outputs.shape[2], outputs.shape[3]), seed)
-        columns = sample_columns(inputs, wanted[name].spec, rows, cols).numpy()
+        columns = sample_columns(inputs, wanted[name].spec, rows, cols)
         if name not in sums:
             groups, _, size = columns.shape
-            sums[name] = np.zeros((groups, size))
-            products[name] = np.zeros((groups, size, size))
+            sums[name] = torch.zeros(groups, size, dtype=torch.float64)
+            products[name] = torch.zeros(groups, size, size, dtype=torch.float64)
         counts[name] += columns.shape[1]
-        sums[name] += columns.sum(axis=1, dtype=np.float64)
-        for product, own in zip(products[name], columns, strict=True):
-            product += own.T @ own  # in place, as it may have a hundred megabytes; numpy computes one half of it
+        sums[name] += columns.double().sum(dim=1)
+        products[name] += columns.transpose(1, 2) @ columns  # in place: a covariance may have a hundred megabytes
 
     for start, chunk in batches(images):  # noqa: B007 - the tap reads it
         bridge(chunk, tap=tap)
         advance(len(chunk))
     moments = {}
     for name, count in counts.items():
-        mean = sums[name] / count
-        covariance = products[name] / count - mean[:, :, None] * mean[:, None, :]
+        mean = (sums[name] / count).numpy()
+        covariance = (products[name] / count).numpy() - mean[:, :, None] * mean[:, None, :]
         moments[name] = Moments(mean, covariance)
     return moments
 
