@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import groupby
 from typing import TypeVar
 
@@ -20,7 +20,7 @@ from tvm_lowrank.graph import Site, find_sites
 from tvm_lowrank.methods import METHODS, Chain, Factors, Moments, cut, factorise
 from tvm_lowrank.plan import Choice
 from tvm_lowrank.searching.candidates import candidates, site_macs
-from tvm_lowrank.searching.damage import DamageCurve, divergence, interpolated, probes
+from tvm_lowrank.searching.damage import DamageCurve, divergence, interpolated, probes, to_solve
 from tvm_lowrank.searching.journal import Journal
 from tvm_lowrank.searching.refit import Target, dense_outputs
 from tvm_lowrank.synthetic import shrunk
@@ -110,6 +110,8 @@ class Sensitivity:
         unpredicted = [name for name in names if journal.get("predicted", name) is None]
         if unpredicted:
             _ = self.moments, self.fisher  # by all cores, before each core has a site of its own
+        # the largest first, so that no core waits long for another's last
+        unpredicted.sort(key=lambda name: self.sites[name].weight.size, reverse=True)
         for name, own in _each(self._predicted, unpredicted, "predicting damage"):
             journal.record("predicted", name, [own[choice] for choice in self.candidates[name]])
         predicted = {
@@ -119,7 +121,8 @@ class Sensitivity:
         found: dict[str, dict[float, float]] = {}
         for name, own in console.track(predicted.items(), "probing damage", total=len(predicted)):
             check()
-            keys = {f"{name} {choice}": choice for choice in probes(own, share)}
+            exact = {choice: own[choice] for choice in self._solved(name)}
+            keys = {f"{name} {choice}": choice for choice in probes(exact, share)}
             unknown = [key for key in keys if journal.get("probe", key) is None]
             if unknown:
                 chains = [self._single(name, keys[key]) for key in unknown]
@@ -141,21 +144,31 @@ class Sensitivity:
             choice.method, self.factors(name, choice.method), choice.rank, self.sites[name].weight, self.moments[name]
         )
 
+    def _costs(self, name: str) -> dict[str, dict[Choice, int]]:
+        """MACs of a site's candidates, by method; the costliest first."""
+        costs = {choice: site_macs(self.sites[name], choice) for choice in self.candidates[name]}
+        ordered = sorted(costs, key=lambda choice: (choice.method, -costs[choice]))
+        return {
+            method: {choice: costs[choice] for choice in group}
+            for method, group in groupby(ordered, key=lambda choice: choice.method)
+        }
+
+    def _solved(self, name: str) -> list[Choice]:
+        """The candidates whose error is computed; it is interpolated for the others."""
+        groups = self._costs(name).items()
+        return [choice for method, own in groups for choice in (to_solve(own) if METHODS[method].solves else own)]
+
     def _predicted(self, name: str) -> dict[Choice, float]:
         """Damage of a site's candidates to second order, in nats, before the refit."""
-        site, found = self.sites[name], {}
 
         def error(choice: Choice) -> float:
             assert choice.rank is not None
             return self.factors(name, choice.method).error(choice.rank)
 
-        for method, group in groupby(self.candidates[name], key=lambda choice: choice.method):
-            own = list(group)
-            if METHODS[method].solves:
-                errors = interpolated({choice: site_macs(site, choice) for choice in own}, error)
-            else:
-                # the costliest first: what it computes serves the others
-                errors = {choice: error(choice) for choice in sorted(own, key=partial(site_macs, site), reverse=True)}
+        found = {}
+        for method, own in self._costs(name).items():
+            # the costliest first: what it computes serves the others
+            errors = interpolated(own, error) if METHODS[method].solves else {choice: error(choice) for choice in own}
             found.update({choice: value / 2 for choice, value in errors.items()})
         return found
 

@@ -63,7 +63,9 @@ def test_positions_are_distinct_and_repeatable() -> None:
     assert not torch.equal(rows, sample_positions("conv", 107, 7, (8, 9))[0])
 
 
-def test_moments_of_all_positions_are_exact() -> None:
+@pytest.mark.parametrize("block", [5, calibrate.BLOCK])
+def test_moments_of_all_positions_are_exact(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "BLOCK", block)
     rng = np.random.default_rng(0)
     weight = rng.standard_normal(SPEC.weight_shape).astype("float32")
     mod = module(SPEC, weight, None, (6, 7), "NCHW")  # fewer positions than are sampled

@@ -16,6 +16,7 @@ from tvm_lowrank.methods import Chain, ConvSpec, Moments, Pair
 from tvm_lowrank.torch_nn import chain
 
 BATCH_PIXELS = 1_600_000  # of a batch: a hundred images of 126x126, or 31 of 224x224
+BLOCK = 1024  # rows of a covariance that are summed at once, and no further to the left than the diagonal needs
 POSITIONS = 32  # output positions an image and site; 300 columns are already near convergence
 
 
@@ -84,10 +85,10 @@ def collect_moments(
         if name not in sums:
             groups, _, size = columns.shape
             sums[name] = torch.zeros(groups, size, dtype=torch.float64)
-            products[name] = torch.zeros(groups, size, size, dtype=torch.float64)
+            products[name] = torch.zeros(groups, size, size)
         counts[name] += columns.shape[1]
         sums[name] += columns.double().sum(dim=1)
-        products[name] += columns.transpose(1, 2) @ columns  # in place: a covariance may have a hundred megabytes
+        _add_products(products[name], columns)
 
     for start, chunk in batches(images):  # noqa: B007 - the tap reads it
         bridge(chunk, tap=tap)
@@ -95,9 +96,20 @@ def collect_moments(
     moments = {}
     for name, count in counts.items():
         mean = (sums[name] / count).numpy()
-        covariance = (products[name] / count).numpy() - mean[:, :, None] * mean[:, None, :]
+        upper = np.triu(products.pop(name).numpy()).astype(np.float64) / count
+        covariance = upper + np.triu(upper, 1).swapaxes(1, 2) - mean[:, :, None] * mean[:, None, :]
         moments[name] = Moments(mean, covariance)
     return moments
+
+
+def _add_products(sums: Tensor, columns: Tensor) -> None:
+    """Add the products of (g, n, D) columns to the upper triangles of (g, D, D), and in part to what is below them.
+
+    In place, in single precision: a covariance may have a hundred megabytes, which take as long as the arithmetic.
+    """
+    for total, own in zip(sums, columns, strict=True):
+        for row in range(0, len(total), BLOCK):
+            total[row : row + BLOCK, row:].addmm_(own[:, row : row + BLOCK].T, own[:, row:])
 
 
 def collect_fisher(

@@ -57,11 +57,12 @@ def test_errors_of_few_solves_tell_the_others() -> None:
     def error(choice: Choice) -> float:
         solved.append(choice)
         assert isinstance(choice.rank, int)
-        return 3e4 * choice.rank**-1.7
+        return 3e4 * float(np.exp(-0.4 * choice.rank**0.5))
 
     found = interpolated(costs, error)
     assert len(solved) <= SOLVED < len(costs)
-    assert found == {choice: pytest.approx(3e4 * choice.rank**-1.7) for choice in costs}
+    assert max(choice.rank for choice in solved) == 192  # the solve of the largest rank would take longest
+    assert found == {choice: pytest.approx(3e4 * np.exp(-0.4 * choice.rank**0.5)) for choice in costs}
     assert interpolated({Choice("cp3", 8): 5.0}, lambda choice: 2.0) == {Choice("cp3", 8): pytest.approx(2.0)}
 
 

@@ -124,6 +124,7 @@ class CPFactors:
     report: Report | None = None
     near: tuple[np.ndarray, ...] | None = None  # OIHW weights of the chain of a similar kernel, where the solver starts
     solved: dict[int, Solution] = field(default_factory=dict, repr=False)
+    climbed: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, repr=False)  # by group and rung
 
     def weights(self, rank: Rank) -> tuple[np.ndarray, ...]:
         """OIHW weights of the chain's convolutions, the last one refit where there are moments."""
@@ -152,7 +153,7 @@ class CPFactors:
         with threadpool_limits(1, user_api="blas"):
             warm = self._warm(group, rank)
             if warm is None:
-                return self._found(self.tensors[group], rank)
+                return self._found(group, rank)
             most = affordable(self.tensors[group].shape, rank)
             few = replace(most, sweeps=min(WARM, most.sweeps), iterations=min(WARM, most.iterations))
             return solve(self.tensors[group], [warm], few, report=self.report)
@@ -167,10 +168,10 @@ class CPFactors:
             factors.append((plain if undo is None else np.linalg.solve(undo, plain)).astype(tensor.dtype))
         return with_best_first(tensor, factors)
 
-    def _found(self, tensor: np.ndarray, rank: int) -> np.ndarray:
+    def _found(self, group: int, rank: int) -> np.ndarray:
         """The solver's result from the top of the ladder, and from random starts where that is cheap."""
-        rungs = [rung for rung in ladder(rank - 1) if FRESH * rung >= self.format.parity(self.spec)]
-        starts = [climb(tensor, [*rungs, rank])]
+        tensor = self.tensors[group]
+        starts = [self._climbed(group, rank)]
         if tensor.size < SINGLE:
             rng = np.random.default_rng(rank)
             starts.extend(start(tensor, rank, rng, hosvd=False) for _ in range(2))
@@ -178,6 +179,14 @@ class CPFactors:
             terms = exact(tensor)
             starts.append(terms[:, np.argsort(-norms(terms, tensor.shape), kind="stable")[:rank]])
         return solve(tensor, starts, affordable(tensor.shape, rank), report=self.report)
+
+    def _climbed(self, group: int, rank: int) -> np.ndarray:
+        """The top of a ladder whose last rung is a rank; the rungs are kept for higher ones."""
+        if (group, rank) not in self.climbed:
+            below = [rung for rung in ladder(rank - 1) if FRESH * rung >= self.format.parity(self.spec)]
+            lower = self._climbed(group, below[-1]) if below else None
+            self.climbed[group, rank] = climb(self.tensors[group], [rank], lower)
+        return self.climbed[group, rank]
 
     def starting_from(self, weights: tuple[np.ndarray, ...]) -> CPFactors:
         """The same with the solver starting from the OIHW weights of the chain of a similar kernel, at its rank."""

@@ -52,8 +52,8 @@ def square_roots(matrix: np.ndarray, shrinkage: float = SHRINKAGE) -> tuple[np.n
     return (vectors * np.sqrt(values)) @ vectors.T, (vectors / np.sqrt(values)) @ vectors.T
 
 
-def positive(gram: np.ndarray) -> np.ndarray:
-    """A symmetric positive semi-definite matrix with the least ridge, in steps of 10, that makes it invertible.
+def lifted_cholesky(gram: np.ndarray) -> np.ndarray:
+    """L with L L^T a symmetric positive semi-definite matrix plus the least ridge, in steps of 10, that allows it.
 
     Covariances of few images or dead channels are singular, and rounding leaves some eigenvalues below zero.
     """
@@ -65,8 +65,7 @@ def positive(gram: np.ndarray) -> np.ndarray:
         lifted = gram.copy()
         lifted[diagonal] += ridge * unit
         try:
-            linalg.cholesky(lifted, lower=True, check_finite=False)
-            return lifted
+            return linalg.cholesky(lifted, lower=True, overwrite_a=True, check_finite=False)
         except linalg.LinAlgError:
             if ridge > 1:
                 raise

@@ -32,7 +32,7 @@ from scipy import linalg
 
 from tvm_lowrank.methods.balance import balance
 from tvm_lowrank.methods.chain import ConvSpec, Rank, as_int
-from tvm_lowrank.methods.moments import Moments, grouped, output_power, positive, square_roots
+from tvm_lowrank.methods.moments import Moments, grouped, lifted_cholesky, output_power, square_roots
 
 TINY = float(np.finfo(float).tiny)
 CHUNK = 16  # blocks whose normal equations are made together
@@ -125,7 +125,7 @@ class NestedFactors:
                 window = _window(self.moments.covariance[group], self.spec, self.axes)
                 for part in np.split(members, range(CHUNK, len(members), CHUNK)):
                     gram, cross = _normal_equations(first[part], self.targets[part], window)
-                    lowers.extend(linalg.cholesky(positive(block), lower=True) for block in gram)
+                    lowers.extend(lifted_cholesky(block) for block in gram)
                     crosses.extend(cross)
             cholesky = np.stack(lowers)
             pairs = zip(cholesky, crosses, strict=True)
@@ -184,15 +184,26 @@ def _filters(targets: np.ndarray, own: bool, window: np.ndarray | None) -> np.nd
     """All first filters of (blocks, A, B, M), of norm 1, most important first: (blocks, 1 or B, max_rank, A)."""
     blocks, summed, _, _ = targets.shape
     if own:
-        return np.linalg.svd(targets.transpose(0, 2, 1, 3), full_matrices=False)[0].swapaxes(2, 3)
+        return _left(targets.transpose(0, 2, 1, 3)).swapaxes(2, 3)
     if window is None:
-        return np.linalg.svd(targets.reshape(blocks, 1, summed, -1), full_matrices=False)[0].swapaxes(2, 3)
+        return _left(targets.reshape(blocks, 1, summed, -1)).swapaxes(2, 3)
     root, inverse = square_roots(np.einsum("bacb->ac", window), LIGHTLY)
     trace = max(float(np.einsum("baab->", window)), TINY)
     kept, _ = square_roots(np.einsum("baac->bc", window) / trace, LIGHTLY)
     matrices = root @ (kept @ targets).reshape(blocks, summed, -1)
-    first = (inverse @ np.linalg.svd(matrices, full_matrices=False)[0]).swapaxes(1, 2)
+    first = (inverse @ _left(matrices)).swapaxes(1, 2)
     return (first / np.maximum(np.linalg.norm(first, axis=2, keepdims=True), TINY))[:, None]
+
+
+def _left(matrices: np.ndarray) -> np.ndarray:
+    """Left singular vectors of (..., m, n) matrices, those of the largest singular values first: (..., m, min(m, n)).
+
+    Those of wide matrices are the eigenvectors of their squares, several times as fast; the accuracy that this costs
+    is that of vectors whose singular values are next to nothing, and these still span all the rest.
+    """
+    if matrices.shape[-2] > matrices.shape[-1]:
+        return np.linalg.svd(matrices, full_matrices=False)[0]
+    return np.linalg.eigh(matrices @ matrices.swapaxes(-1, -2))[1][..., ::-1]
 
 
 def _normal_equations(first: np.ndarray, targets: np.ndarray, window: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ import numpy as np
 from scipy import linalg
 
 from tvm_lowrank.methods.chain import ConvSpec, compose
-from tvm_lowrank.methods.moments import Moments, grouped, positive
+from tvm_lowrank.methods.moments import Moments, grouped, lifted_cholesky
 
 
 def refit_last(
@@ -41,8 +41,8 @@ def refit_last(
         matrix = inner.reshape(-1, rows.shape[2])
         outputs = _rows_of(rows, group, last.groups)
         spread = matrix @ moments.covariance[site]
-        gram = positive(spread @ matrix.T)
-        solved.append(linalg.cho_solve((linalg.cholesky(gram, lower=True), True), spread @ outputs.T).T)
+        lower = lifted_cholesky(spread @ matrix.T)
+        solved.append(linalg.cho_solve((lower, True), spread @ outputs.T).T)
     return (*weights[:-1], np.concatenate(solved).reshape(last.weight_shape))
 
 

@@ -19,7 +19,7 @@ from scipy import linalg
 
 from tvm_lowrank.methods.balance import balance
 from tvm_lowrank.methods.chain import ConvSpec, Rank, chain_macs
-from tvm_lowrank.methods.moments import Moments, grouped, output_power, positive, square_roots
+from tvm_lowrank.methods.moments import Moments, grouped, lifted_cholesky, output_power, square_roots
 
 CANDIDATES = 10  # ranks of the grid
 NOMINAL = (
@@ -180,7 +180,7 @@ def regress(
         cross = matrix @ half.T
         gram = np.ascontiguousarray(half.reshape(len(half), inner, -1).transpose(0, 2, 1)) @ inputs  # (R3*p, p, R3)
         gram = gram.transpose(0, 2, 1).reshape(len(half), len(half))
-        solved = linalg.cho_solve(linalg.cho_factor(positive(gram), check_finite=False), cross.T).T
+        solved = linalg.cho_solve((lifted_cholesky(gram), True), cross.T).T
     power = solved @ cross.T
     outputs = leading((power + power.T) / 2, rank)[1]
     core, cross = outputs.T @ solved, outputs.T @ cross
