@@ -31,6 +31,11 @@ class Counted:
     drop: float
     error: float
 
+    @property
+    def power(self) -> float:
+        """What the points of a damage are proportional to."""
+        return float(max(self.damage, 0.0) ** POWER)
+
 
 class Rate:
     """What damages, in nats on the selection images, have cost in counted points, of networks fitted in any way."""
@@ -49,7 +54,7 @@ class Rate:
         All count the same images and err together, so their errors add up as their points do.
         """
         known = self._known.values()
-        points, nats = sum(own.drop for own in known), sum(max(own.damage, 0.0) ** POWER for own in known)
+        points, nats = sum(own.drop for own in known), sum(own.power for own in known)
         error = sum(own.error for own in known) + SPREAD * RATE * nats
         rates = np.geomspace(RATE / 100, RATE * 100, 1001)
         unlikely = (np.log(rates / RATE) / UNSURE) ** 2 + ((points - rates * nats) / max(error, 1e-12)) ** 2
@@ -58,7 +63,7 @@ class Rate:
 
     def expected(self, counted: Counted) -> float:
         """Points that a network loses: those of its damage, and the better its own were counted, these."""
-        points = self.value * max(counted.damage, 0.0) ** POWER
+        points = self.value * counted.power
         spread = (SPREAD * points) ** 2
         return points + spread / max(spread + counted.error**2, 1e-12) * (counted.drop - points)
 

@@ -43,7 +43,7 @@ FRONTIER = "frontier.json"
 SCHEMA = 1
 MOST_BUNDLES = 8
 STEP = 2.0  # factor between damage limits
-REACH = 5.0  # times the budget: plans that lose more on the selection split end the grid
+REACH = 5.0  # times the budget: plans that are expected to lose more end the grid
 GAIN = 0.97  # of the dense sites' time: slower plans end the grid at its other end
 
 
@@ -77,7 +77,7 @@ def deliver_frontier(search: Search, oracle: LatencyOracle, delivery: Delivery) 
 
 
 def explore(search: Search) -> list[Evaluated]:
-    """Evaluated plans of which none is beaten in both time and drop on the selection split, fastest last.
+    """Evaluated plans of which none is beaten in both time and the drop that is expected of it, fastest last.
 
     At most `MOST_BUNDLES`; when the time limit comes, those of the plans that were evaluated until then.
     """
@@ -97,8 +97,8 @@ def explore(search: Search) -> list[Evaluated]:
 
 
 def _chosen(search: Search, found: Sequence[Evaluated]) -> list[Evaluated]:
-    near = [e for e in found if e.plan and e.ms < _dense_ms(search) and e.drop <= REACH * search.settings.budget]
-    front = pareto(near, lambda e: (e.ms, e.drop))
+    near = [e for e in found if e.plan and e.ms < _dense_ms(search) and not _too_far(search, e)]
+    front = pareto(near, lambda e: (e.ms, search.expected_drop(e)))
     return thinned(front, lambda e: e.ms, MOST_BUNDLES)
 
 
@@ -108,9 +108,13 @@ def _climb(search: Search, found: list[Evaluated]) -> None:
     while limit <= MOST_LIMIT:
         result = _evaluated(search, limit)
         found.append(result)
-        if search.is_fastest(result) or result.drop > REACH * search.settings.budget:
+        if search.is_fastest(result) or _too_far(search, result):
             return
         limit *= STEP
+
+
+def _too_far(search: Search, result: Evaluated) -> bool:
+    return search.expected_drop(result) > REACH * search.settings.budget
 
 
 def _descend(search: Search, found: list[Evaluated]) -> None:
@@ -169,7 +173,7 @@ def _measured(
     latencies = _latencies(search, {name: evaluated.plan for name, evaluated in networks.items()}, delivery)
     dense, *points = (Point(networks[name], libraries[name], name, latencies[name]) for name in networks)
     faster = [point for point in points if point.ms < dense.ms]
-    kept = pareto(faster, lambda point: (point.ms, point.evaluated.drop))
+    kept = pareto(faster, lambda point: (point.ms, search.expected_drop(point.evaluated)))
     if not kept:
         console.warn("no plan is faster than the tuned dense network; the only bundle is this network")
     return dense, kept or [dense]
