@@ -184,8 +184,9 @@ class CPFactors:
         """The top of a ladder whose last rung is a rank; the rungs are kept for higher ones."""
         if (group, rank) not in self.climbed:
             below = [rung for rung in ladder(rank - 1) if FRESH * rung >= self.format.parity(self.spec)]
-            lower = self._climbed(group, below[-1]) if below else None
-            self.climbed[group, rank] = climb(self.tensors[group], [rank], lower)
+            tensor = self.tensors[group]
+            lower = self._climbed(group, below[-1]) if below else np.zeros((sum(tensor.shape), 0), tensor.dtype)
+            self.climbed[group, rank] = climb(tensor, lower, rank)
         return self.climbed[group, rank]
 
     def starting_from(self, weights: tuple[np.ndarray, ...]) -> CPFactors:

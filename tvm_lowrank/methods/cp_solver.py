@@ -266,18 +266,11 @@ def grow(tensor: np.ndarray, stack: np.ndarray, rank: int, rng: np.random.Genera
     return np.concatenate([balanced(stack, tensor.shape), extra], axis=1)
 
 
-def climb(tensor: np.ndarray, rungs: Sequence[int], stack: np.ndarray | None = None) -> np.ndarray:
-    """A stack to start from: for each rank, in ascending order, terms for what is missing, then ALS of all of them.
-
-    ``stack`` is that of the last lower rung, if it is known.
-    """
-    if stack is None:
-        stack = np.zeros((sum(tensor.shape), 0), tensor.dtype)
-    for rank in rungs:
-        sweeps = affordable(tensor.shape, rank).sweeps
-        stack = grow(tensor, stack, rank, np.random.default_rng(rank), sweeps=min(10, sweeps))
-        stack = als(tensor, stack, penalty=1e-2, sweeps=sweeps)
-    return stack
+def climb(tensor: np.ndarray, stack: np.ndarray, rank: int) -> np.ndarray:
+    """The next rung of a ladder of ranks: terms for what the stack of the last one misses, then ALS of all of them."""
+    sweeps = affordable(tensor.shape, rank).sweeps
+    stack = grow(tensor, stack, rank, np.random.default_rng(rank), sweeps=min(10, sweeps))
+    return als(tensor, stack, penalty=1e-2, sweeps=sweeps)
 
 
 def _error(tensor: np.ndarray, stack: np.ndarray) -> float:
