@@ -1,6 +1,7 @@
-"""What each part of the search is worth: the same search of the bundled example without it.
+"""What each part of the search is worth: the same search, of the bundled example or another network, without it.
 
     python benchmarks/ablation.py [--only macs,spatial] [--budget 1%] [--out ablation]
+                                  [--model net.py:build --input-shape 1,3,32,32 --data images/]
 
 full            everything, as `tvm_lowrank search`
 macs            sites are allocated by their MACs; milliseconds are only measured in the end
@@ -29,6 +30,7 @@ from unittest.mock import patch
 import numpy as np
 from tvm.ir import IRModule
 
+from tvm_lowrank.importer import parse_input_shape
 from tvm_lowrank.methods import Chain, Factors, Moments, decompose, factorise
 from tvm_lowrank.metric import parse_budget
 from tvm_lowrank.plan import Choice, Plan
@@ -128,6 +130,9 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(variants))
     parser.add_argument("--budget", default="1%")
     parser.add_argument("--out", type=Path, default=Path("ablation"))
+    parser.add_argument("--model")
+    parser.add_argument("--input-shape", type=parse_input_shape)
+    parser.add_argument("--data")
     args = parser.parse_args()
     unknown = set(args.only.split(",")) - set(variants)
     if unknown:
@@ -139,6 +144,9 @@ def main() -> None:
         methods = (variant, "svd") if variant in METHODS else run.DEFAULT_METHODS
         request = run.Request(
             out=args.out / variant,
+            model=args.model,
+            input_shape=args.input_shape,
+            data=args.data,
             budget=parse_budget(args.budget),
             methods=methods,
             cache=args.out / "cache",
