@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -10,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tvm_ffi
 
 from support.command import Run
-from tvm_lowrank import example
+from tvm_lowrank import cli, example
 from tvm_lowrank.searching.oracle import LatencyOracle
 from tvm_lowrank.targets.profile import load_profile
 
@@ -153,6 +155,14 @@ def test_no_bundle(command: str, folder: Path, run: Run) -> None:
     for directory in ("absent", "full"):
         done = run(command, directory, cwd=folder)
         assert done.returncode == 2 and directory in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_interrupted_within_tvm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """TVM makes another error of what is raised in a callback."""
+    monkeypatch.setattr(cli, "app", tvm_ffi.convert(lambda: signal.raise_signal(signal.SIGINT)))
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 130 and "goes on with --resume" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_help_names_every_command_and_teaches(folder: Path, run: Run) -> None:

@@ -533,24 +533,26 @@ class _Interrupted(BaseException):
     """Ctrl-C; click would catch KeyboardInterrupt and say no more than "Aborted!"."""
 
 
-def _interrupt(signal_number: int, frame: object) -> None:
-    raise _Interrupted
-
-
 def main() -> None:
     """Entry point: one line for what goes wrong; exit code 2 if the user can fix it, 130 when interrupted."""
-    before = signal.signal(signal.SIGINT, _interrupt)
+    interrupted = False
+
+    def interrupt(signal_number: int, frame: object) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise _Interrupted
+
+    before = signal.signal(signal.SIGINT, interrupt)
     try:
         app()
-    except UserError as error:
+    except (Exception, _Interrupted) as error:
+        if interrupted:  # what is raised in a callback of TVM's comes out of it as a RuntimeError
+            console.error("interrupted; what was measured is kept, and a search goes on with --resume")
+            sys.exit(130)
+        if not isinstance(error, UserError | MeasurementError):
+            raise
         console.error(str(error))
-        sys.exit(2)
-    except MeasurementError as error:
-        console.error(str(error))
-        sys.exit(1)
-    except _Interrupted:
-        console.error("interrupted; what was measured is kept, and a search goes on with --resume")
-        sys.exit(130)
+        sys.exit(2 if isinstance(error, UserError) else 1)
     finally:
         signal.signal(signal.SIGINT, before)
 
