@@ -29,7 +29,7 @@ from tvm_lowrank.searching.training import Learner, imitation, parameter_groups,
 PASSES = 12  # over the images
 MOST_WORK = 2e14  # multiply-accumulates of a reconstruction; large networks get fewer passes
 BATCH = 50
-RATE = 0.006  # of Muon
+RATE = 0.006  # of Muon in so many passes; fewer of them would not calm down from such large steps
 WARM_UP = 0.1
 SHIFT = 1 / 8  # of an image's size
 
@@ -56,11 +56,11 @@ def reconstruct(
     generator = torch.Generator().manual_seed(seed)
     x = torch.from_numpy(images)
     steps = passes * math.ceil(len(x) / BATCH)
-    done = 0
+    rate, done = RATE * passes / PASSES, 0
     for _ in range(passes):
         for picked in torch.randperm(len(x), generator=generator).split(BATCH):
             for group in optimiser.param_groups:
-                group["lr"] = RATE * ramp((done + 0.5) / steps, WARM_UP)
+                group["lr"] = rate * ramp((done + 0.5) / steps, WARM_UP)
             batch = varied(x[picked], generator)
             with torch.no_grad():
                 wanted = watched(teacher, batch)
