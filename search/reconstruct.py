@@ -56,7 +56,7 @@ def reconstruct(
     generator = torch.Generator().manual_seed(seed)
     x = torch.from_numpy(images)
     steps = passes * math.ceil(len(x) / BATCH)
-    rate, done = RATE * passes / PASSES, 0
+    rate, done = RATE * math.sqrt(passes / PASSES), 0
     for _ in range(passes):
         for picked in torch.randperm(len(x), generator=generator).split(BATCH):
             for group in optimiser.param_groups:
