@@ -52,11 +52,12 @@ def reconstruct(
     advance : called with the number of images done after each batch.
     """
     teacher, student = Learner(dense), Learner(network, learns=True)
-    optimiser = Muon(parameter_groups(student.bridge), lr=RATE)
+    rate = RATE * math.sqrt(passes / PASSES)
+    optimiser = Muon(parameter_groups(student.bridge), lr=rate)
     generator = torch.Generator().manual_seed(seed)
     x = torch.from_numpy(images)
     steps = passes * math.ceil(len(x) / BATCH)
-    rate, done = RATE * math.sqrt(passes / PASSES), 0
+    done = 0
     for _ in range(passes):
         for picked in torch.randperm(len(x), generator=generator).split(BATCH):
             for group in optimiser.param_groups:

@@ -547,12 +547,15 @@ def main() -> None:
         app()
     except (Exception, _Interrupted) as error:
         if interrupted:  # what is raised in a callback of TVM's comes out of it as a RuntimeError
-            console.error("interrupted; what was measured is kept, and a search goes on with --resume")
-            sys.exit(130)
-        if not isinstance(error, UserError | MeasurementError):
+            message, code = "interrupted; what was measured is kept, and a search goes on with --resume", 130
+        elif isinstance(error, UserError):
+            message, code = str(error), 2
+        elif isinstance(error, MeasurementError):
+            message, code = str(error), 1
+        else:
             raise
-        console.error(str(error))
-        sys.exit(2 if isinstance(error, UserError) else 1)
+        console.error(message)
+        sys.exit(code)
     finally:
         signal.signal(signal.SIGINT, before)
 
