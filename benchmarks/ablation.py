@@ -30,15 +30,16 @@ from unittest.mock import patch
 import numpy as np
 from tvm.ir import IRModule
 
-from tvm_lowrank.importer import parse_input_shape
+from tvm_lowrank.data.metric import parse_budget
+from tvm_lowrank.importers.importer import parse_input_shape
 from tvm_lowrank.methods import Chain, Factors, Moments, decompose, factorise
-from tvm_lowrank.metric import parse_budget
 from tvm_lowrank.plan import Choice, Plan
-from tvm_lowrank.searching import loop, run, sensitivity
 from tvm_lowrank.searching.candidates import site_macs
-from tvm_lowrank.searching.networks import Networks
-from tvm_lowrank.searching.sensitivity import Sensitivity
-from tvm_lowrank.searching.times import SiteTimes
+from tvm_lowrank.searching.choose import loop, sensitivity
+from tvm_lowrank.searching.choose.networks import Networks
+from tvm_lowrank.searching.choose.sensitivity import Sensitivity
+from tvm_lowrank.searching.commands import run
+from tvm_lowrank.searching.latency.times import SiteTimes
 
 METHODS = tuple(name for name in run.DEFAULT_METHODS if name != "svd")
 
@@ -115,7 +116,7 @@ def patches(variant: str) -> list[Any]:
     if variant == "no_whitening":
         return [
             patch.object(loop, "Sensitivity", Unwhitened),
-            patch("tvm_lowrank.searching.refit.decompose", of_weights),
+            patch("tvm_lowrank.searching.fit.refit.decompose", of_weights),
         ]
     if variant == "no_refit":
         return [patch.object(loop, "Networks", Unfitted)]

@@ -24,7 +24,7 @@ def onnxruntime_session(model: str | None, x: np.ndarray, threads: int) -> Calla
     import torch
 
     from tvm_lowrank import example
-    from tvm_lowrank.reference import load_object
+    from tvm_lowrank.data.reference import load_object
 
     net = (example.model() if model is None else load_object(model)()).eval()
     with tempfile.TemporaryDirectory() as folder:
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=50)
     args = parser.parse_args()
 
-    from tvm_lowrank.bundle import read_manifest
+    from tvm_lowrank.bundle.bundle import read_manifest
 
     manifest = read_manifest(args.bundle)
     threads = int(manifest["latency_ms"]["threads"])

@@ -18,16 +18,16 @@ from collections.abc import Callable
 import numpy as np
 
 from tvm_lowrank import example
-from tvm_lowrank.bridge import TorchBridge
-from tvm_lowrank.calibrate import collect_fisher, collect_moments, predict
-from tvm_lowrank.data import load_data
+from tvm_lowrank.bridge.calibrate import collect_fisher, collect_moments, predict
+from tvm_lowrank.bridge.torch_bridge import TorchBridge
+from tvm_lowrank.data.splits import load_data
 from tvm_lowrank.graph import Site, find_sites
-from tvm_lowrank.importer import import_model
+from tvm_lowrank.importers.importer import import_model
 from tvm_lowrank.methods import METHODS, Chain, Conv, Moments, Rank, chain_macs, compose, decompose, grouped
 from tvm_lowrank.methods.refit import refit_last
 from tvm_lowrank.plan import Choice
 from tvm_lowrank.searching.candidates import skipped
-from tvm_lowrank.searching.refit import dense_outputs, refit
+from tvm_lowrank.searching.fit.refit import dense_outputs, refit
 from tvm_lowrank.transform import replace_sites
 
 LANES = 4  # a finer grid than any target's, so that the shares are met closely

@@ -87,7 +87,7 @@ def module_of(shapes: Sequence[Shape]) -> list[Any]:
     """The canonical module of each convolution with its bias and ReLU."""
     from torch import nn
 
-    from tvm_lowrank.importer import import_model
+    from tvm_lowrank.importers.importer import import_model
 
     modules = []
     for shape in shapes:
@@ -102,7 +102,7 @@ class Bench:
     """What all parts need: the target, worker processes, and folders that nothing else uses."""
 
     def __init__(self, folder: Path, threads: int) -> None:
-        from tvm_lowrank.searching.local import LocalBench
+        from tvm_lowrank.searching.measure.local import LocalBench
         from tvm_lowrank.targets.profile import load_profile
 
         self.folder, self.threads = folder, threads
@@ -112,22 +112,22 @@ class Bench:
 
     def oracle(self, name: str, trials: int) -> Any:
         """An oracle with a database of this name; closing it would end the processes that all of them share."""
-        from tvm_lowrank.searching.oracle import LatencyOracle
+        from tvm_lowrank.searching.latency.oracle import LatencyOracle
 
         options = {"trials": trials, "threads": self.threads, "bench": self.local}
         return LatencyOracle(self.profile, cache_dir=self.folder / name, **options)
 
     def kernel(self, module: Any) -> Any:
         """The convolution of a module that has one."""
-        from tvm_lowrank.lower import kernels, lower
+        from tvm_lowrank.codegen.lower import kernels, lower
 
         (found,) = [k for k in kernels(lower(module, batch=1, target=self.target)) if k.is_conv]
         return found
 
     def compare(self, func: Any, tilings: Sequence[Any], rounds: int = 6) -> list[float]:
         """Seconds of schedules of one kernel, measured in turns."""
-        from tvm_lowrank.searching.bench import Job
-        from tvm_lowrank.searching.oracle import undisturbed
+        from tvm_lowrank.searching.latency.oracle import undisturbed
+        from tvm_lowrank.searching.measure.bench import Job
 
         self.local.forget()
         handles = self.local.build([Job(func, tiling) for tiling in tilings])
@@ -140,7 +140,7 @@ class Bench:
 
 def gflops(func: Any, seconds: float) -> float:
     """Of a kernel that takes so long."""
-    from tvm_lowrank.schedule import workload
+    from tvm_lowrank.codegen.schedule import workload
 
     return float(2e-9 * workload(func).macs / seconds)
 
@@ -229,7 +229,7 @@ def schedules(bench: Bench) -> Iterator[str]:
 
 def surrogate(bench: Bench) -> Iterator[str]:
     """Errors on convolutions that were not measured."""
-    from tvm_lowrank.searching.surrogate import Surrogate
+    from tvm_lowrank.searching.latency.surrogate import Surrogate
 
     oracle = bench.oracle("surrogate", 8)
     oracle.measure([bench.kernel(module) for module in module_of(unseen(150, 11))])
@@ -249,7 +249,7 @@ def surrogate(bench: Bench) -> Iterator[str]:
 def random_plans(sites: Sequence[Any], count: int, lanes: int) -> list[dict[str, Any]]:
     """Plans that change most sites to anything, and the dense one first."""
     from tvm_lowrank.searching.candidates import candidates
-    from tvm_lowrank.searching.run import DEFAULT_METHODS
+    from tvm_lowrank.searching.commands.run import DEFAULT_METHODS
 
     generator = np.random.default_rng(3)
     plans: list[dict[str, Any]] = [{}]
@@ -266,10 +266,10 @@ def random_plans(sites: Sequence[Any], count: int, lanes: int) -> list[dict[str,
 def whole(bench: Bench) -> Iterator[str]:
     """Whole networks: five random plans of each, predicted when only the dense ones have been measured end to end."""
     from tvm_lowrank import example
+    from tvm_lowrank.codegen.lower import build, lower
     from tvm_lowrank.graph import find_sites
-    from tvm_lowrank.lower import build, lower
-    from tvm_lowrank.searching.local import measure_interleaved
-    from tvm_lowrank.searching.times import SiteTimes
+    from tvm_lowrank.searching.latency.times import SiteTimes
+    from tvm_lowrank.searching.measure.local import measure_interleaved
     from tvm_lowrank.transform import replace_sites, shape_chains
 
     models = {"example": (example.model(), example.INPUT_SHAPE), "ResNet-18": (resnet18(), SIZE)}
@@ -332,11 +332,11 @@ def methods(bench: Bench) -> Iterator[str]:
 
 def _chains(bench: Bench, mod: Any, plans: Any, shape: Sequence[int] | None, database: str) -> Iterator[str]:
     """Times of plans: end to end for inputs of a shape, or else the sum of their convolutions."""
+    from tvm_lowrank.codegen.lower import build, kernels, lower
     from tvm_lowrank.graph import find_sites
-    from tvm_lowrank.lower import build, kernels, lower
     from tvm_lowrank.plan import Choice
     from tvm_lowrank.searching.candidates import site_macs
-    from tvm_lowrank.searching.local import measure_interleaved
+    from tvm_lowrank.searching.measure.local import measure_interleaved
     from tvm_lowrank.transform import replace_sites, shape_chains
 
     sites, libraries, times, tuned, macs, slowest = find_sites(mod), {}, {}, {}, {}, {}
@@ -372,8 +372,8 @@ def _chains(bench: Bench, mod: Any, plans: Any, shape: Sequence[int] | None, dat
 
 def networks(bench: Bench) -> Iterator[str]:
     """Dense networks beside other runtimes."""
-    from tvm_lowrank.bundle import CompiledModel
-    from tvm_lowrank.lower import build, kernels, lower
+    from tvm_lowrank.bundle.bundle import CompiledModel
+    from tvm_lowrank.codegen.lower import build, kernels, lower
 
     yield f"{'network':12s} {'runtime':14s} {'median ms':>10s} {'p10':>8s} {'p90':>8s} {'tuned in s':>11s}"
     for name, module in {"ResNet-18": resnet18(), "VGG-16": vgg16()}.items():
@@ -444,7 +444,7 @@ def other_runtimes(module: Any, x: np.ndarray, threads: int) -> dict[str, Callab
 
 def import_torch(module: Any, shape: Sequence[int]) -> Any:
     """The canonical module of a torch module."""
-    from tvm_lowrank.importer import import_model
+    from tvm_lowrank.importers.importer import import_model
 
     return import_model(module, input_shape=tuple(shape))
 

@@ -24,9 +24,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from tvm_lowrank import api, console  # noqa: E402
-from tvm_lowrank.importer import parse_input_shape  # noqa: E402
-from tvm_lowrank.searching import deliver, loop, oracle, sensitivity, times  # noqa: E402
-from tvm_lowrank.searching.run import DEFAULT_METHODS  # noqa: E402
+from tvm_lowrank.importers.importer import parse_input_shape  # noqa: E402
+from tvm_lowrank.searching.choose import loop, sensitivity  # noqa: E402
+from tvm_lowrank.searching.commands import deliver  # noqa: E402
+from tvm_lowrank.searching.commands.run import DEFAULT_METHODS  # noqa: E402
+from tvm_lowrank.searching.latency import oracle, times  # noqa: E402
 
 
 class Counted:

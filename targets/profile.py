@@ -13,8 +13,8 @@ from typing import Any
 import tvm
 from tvm.target import codegen
 
+from tvm_lowrank.codegen.schedule import target_lanes
 from tvm_lowrank.errors import UserError
-from tvm_lowrank.schedule import target_lanes
 from tvm_lowrank.targets.android import ndk_compiler
 from tvm_lowrank.targets.toolchain import TRIPLES, cross_compiler, host_arch
 

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 import tvm_lowrank
 from support import models
-from tvm_lowrank import Choice, UserError, api, cli
+from tvm_lowrank import Choice, UserError, api
+from tvm_lowrank.cli import app as cli
 from tvm_lowrank.methods import METHODS
-from tvm_lowrank.searching.run import Request
+from tvm_lowrank.searching.commands.run import Request
 
 SHAPE = (1, 3, 12, 12)
 PLAN = {"2": Choice("spatial", 6)}

@@ -15,7 +15,7 @@ import pytest
 from typer.main import get_command
 
 import tvm_lowrank
-from tvm_lowrank import cli
+from tvm_lowrank.cli import app as cli
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"

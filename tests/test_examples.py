@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from tvm_lowrank import example
-from tvm_lowrank.bridge import TorchBridge
-from tvm_lowrank.calibrate import predict
+from tvm_lowrank.bridge.calibrate import predict
+from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.graph import find_sites
-from tvm_lowrank.importer import import_model
+from tvm_lowrank.importers.importer import import_model
 
 CIFAR10 = Path(__file__).parents[1] / "examples" / "cifar10"
 

@@ -10,12 +10,12 @@ mod = tvm_lowrank.DecomposeConv2D(plan)(mod)   # the pass alone, in a TVM pipeli
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from tvm_lowrank.bundle import CompiledModel, load
+from tvm_lowrank.bundle.bundle import CompiledModel, load
 from tvm_lowrank.errors import MeasurementError, UserError
 
 if TYPE_CHECKING:
     from tvm_lowrank.api import compile, decompose, search
-    from tvm_lowrank.constrained import constrain
+    from tvm_lowrank.bridge.constrained import constrain
     from tvm_lowrank.plan import Choice, Plan
     from tvm_lowrank.transform import DecomposeConv2D
 
@@ -39,7 +39,7 @@ _LATER = {
     "DecomposeConv2D": "transform",
     "Plan": "plan",
     "compile": "api",
-    "constrain": "constrained",
+    "constrain": "bridge.constrained",
     "decompose": "api",
     "search": "api",
 }

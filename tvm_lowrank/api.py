@@ -12,10 +12,10 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from tvm_lowrank.plan import Choice, Plan
-from tvm_lowrank.searching import run
-from tvm_lowrank.searching.apply import apply_plan
-from tvm_lowrank.searching.device import Connection
-from tvm_lowrank.searching.run import DEFAULT_METHODS
+from tvm_lowrank.searching.commands import run
+from tvm_lowrank.searching.commands.apply import apply_plan
+from tvm_lowrank.searching.commands.run import DEFAULT_METHODS
+from tvm_lowrank.searching.measure.device import Connection
 
 Model: TypeAlias = str | Path | nn.Module | None
 Data: TypeAlias = str | Path | Mapping[str, Any] | None
@@ -64,7 +64,7 @@ def search(
         bundled CIFAR-10 network.
     input_shape : (N, C, H, W), needed for torch modules and factories.
     data : a mapping with ``calibration`` (images), ``selection`` and ``evaluation`` (pairs of images and labels), or
-        where to read one (`tvm_lowrank.data.load_data`). None is the bundled images if ``model`` is None; else
+        where to read one (`tvm_lowrank.data.splits.load_data`). None is the bundled images if ``model`` is None; else
         synthetic images stand in, and the accuracy is not measured.
     mean, std : per channel, on the scale 0 to 1, for uint8 NHWC images; float images are NCHW and taken as they are.
     metric : ``top1``, ``top5`` or ``file.py:function``, with ``function(logits, labels)`` from 0 to 1 for each image.
@@ -77,7 +77,7 @@ def search(
     emulate : use emulated boards, whose times mean nothing.
     threads, batch : threads that the library runs with, images in one call of it.
     methods : names from `tvm_lowrank.methods.METHODS`.
-    finetune : labelled batches to learn from, in one of the forms of `tvm_lowrank.training_data.load_training`.
+    finetune : labelled batches to learn from, in one of the forms of `tvm_lowrank.data.training_data.load_training`.
     epochs, stages : of fine-tuning, for each plan that comes into question; decompose the network in so many parts,
         and train after each.
     trials : schedules tried for each kernel.

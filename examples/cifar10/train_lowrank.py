@@ -26,7 +26,7 @@ from train import HELD_OUT, accuracy, load_cifar10, train
 import tvm_lowrank
 from tvm_lowrank import console, example
 from tvm_lowrank.graph import find_sites
-from tvm_lowrank.importer import import_model
+from tvm_lowrank.importers.importer import import_model
 
 PLAN = Path(__file__).parents[2] / "plans" / "cifar10_nin_tai.json"
 KINDS = ("dense", "lowrank")

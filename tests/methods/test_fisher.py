@@ -10,13 +10,13 @@ from torch import nn
 
 from support.samples import columns, moments_of
 from tvm_lowrank import example
-from tvm_lowrank.bridge import TorchBridge
-from tvm_lowrank.calibrate import collect_fisher, collect_moments, predict
+from tvm_lowrank.bridge.calibrate import collect_fisher, collect_moments, predict
+from tvm_lowrank.bridge.torch_bridge import TorchBridge
+from tvm_lowrank.data.synthetic import dead_leaves, shrunk
 from tvm_lowrank.graph import find_sites
-from tvm_lowrank.importer import import_model
+from tvm_lowrank.importers.importer import import_model
 from tvm_lowrank.methods import METHODS, Chain, ConvSpec, Moments, compose, decompose, factorise, grouped
 from tvm_lowrank.searching.damage import divergence
-from tvm_lowrank.synthetic import dead_leaves, shrunk
 from tvm_lowrank.transform import replace_sites
 
 SPEC = ConvSpec(6, 8, (3, 3), padding=(1, 1, 1, 1))

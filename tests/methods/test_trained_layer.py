@@ -11,7 +11,7 @@ import torch
 from support.factors import distance
 from support.samples import moments_of
 from tvm_lowrank import example
-from tvm_lowrank.calibrate import sample_columns, sample_positions
+from tvm_lowrank.bridge.calibrate import sample_columns, sample_positions
 from tvm_lowrank.methods import METHODS, ConvSpec, Moments, Rank, chain_macs, compose, decompose
 from tvm_lowrank.methods.moments import grouped, output_power
 from tvm_lowrank.methods.refit import refit_last

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tvm_lowrank import cli
+from tvm_lowrank.cli import app as cli
 
 
 @dataclass(frozen=True)

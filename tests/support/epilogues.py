@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from tvm.ir import IRModule
 
-from tvm_lowrank.importer import import_model
+from tvm_lowrank.importers.importer import import_model
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,

@@ -17,8 +17,8 @@ from torch import nn
 from tvm import relax, rpc
 
 from support.lowering_networks import canonical, expected, network, sample
+from tvm_lowrank.codegen.lower import build, lower
 from tvm_lowrank.errors import UserError
-from tvm_lowrank.lower import build, lower
 from tvm_lowrank.targets import emulate
 from tvm_lowrank.targets.emulate import emulated
 from tvm_lowrank.targets.server import build_server

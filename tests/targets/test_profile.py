@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tvm_lowrank.codegen.schedule import target_lanes
 from tvm_lowrank.errors import UserError
-from tvm_lowrank.schedule import target_lanes
 from tvm_lowrank.targets.probe import SAMPLE_LIBRARY, export_libraries
 from tvm_lowrank.targets.profile import known_profiles, load_profile
 from tvm_lowrank.targets.toolchain import host_arch

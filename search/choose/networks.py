@@ -1,0 +1,201 @@
+"""The networks of plans, fitted: without labels and with them, by one worker or by several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from tvm.ir import IRModule
+
+from tvm_lowrank import console
+from tvm_lowrank.bridge.torch_bridge import TorchBridge
+from tvm_lowrank.data.training_data import Batches
+from tvm_lowrank.errors import TimeUp
+from tvm_lowrank.graph import find_sites
+from tvm_lowrank.plan import Choice, Plan
+from tvm_lowrank.searching.choose.fitted import FittedNetworks
+from tvm_lowrank.searching.choose.sensitivity import Sensitivity
+from tvm_lowrank.searching.fit.finetune import Judged, Settings, finetune
+from tvm_lowrank.searching.fit.reconstruct import reconstruct_if_better
+from tvm_lowrank.searching.fit.refit import refit
+from tvm_lowrank.searching.fit.torchrun import Workers
+from tvm_lowrank.transform import replace_sites, shape_chains
+
+Fit = Literal["refitted", "reconstructed", "finetuned"]
+
+
+@dataclass(frozen=True)
+class Training:
+    """Labelled batches, and how the networks of plans learn from them.
+
+    Parameters
+    ----------
+    batches : of an epoch, by its number.
+    name : tells what one training gave from what another did.
+    epochs : passes over the images, for each stage.
+    stages : parts of the network, from its input to its output, of which one after another is decomposed and the
+        whole then trained (Lebedev et al. 2015 went on layer by layer).
+    """
+
+    batches: Batches
+    name: str
+    epochs: int
+    stages: int = 1
+    workers: Workers = field(default_factory=Workers)
+    seed: int = 0
+
+    def run(
+        self,
+        bridge: TorchBridge,
+        teacher: TorchBridge,
+        judge: Callable[[TorchBridge], Judged],
+        folder: Path,
+        deadline: float,
+    ) -> None:
+        """Train a network in place; every worker must do so."""
+        settings = Settings(epochs=self.epochs, seed=self.seed)
+        finetune(
+            bridge,
+            self.batches,
+            settings,
+            teacher=teacher,
+            judge=judge,
+            folder=folder,
+            key=self.name,
+            workers=self.workers,
+            deadline=deadline,
+        )
+
+
+class Networks:
+    """The network of each plan, fitted in a way that goes on from the one before, once.
+
+    refitted : chain after chain, in closed form, to the calibration images (`tvm_lowrank.searching.fit.refit`).
+    reconstructed : all parameters together, to the calibration images, or as it was if that was nearer to the dense
+        network on the selection images, without their labels (`tvm_lowrank.searching.fit.reconstruct`).
+    finetuned : then with labels (`tvm_lowrank.searching.fit.finetune`); or decomposed and trained in stages.
+
+    Parameters
+    ----------
+    selection : images on which reconstructions are compared, float32 NCHW.
+    judge : a network on the selection split, by whose damage the best epoch is chosen.
+    folder : where fitted networks and checkpoints are kept; needed for `training`.
+    deadline : as `time.monotonic` counts; training that would not end before raises TimeUp.
+    """
+
+    def __init__(
+        self,
+        sensitivity: Sensitivity,
+        selection: np.ndarray,
+        judge: Callable[[TorchBridge], Judged],
+        *,
+        folder: Path | None = None,
+        training: Training | None = None,
+        deadline: float = float("inf"),
+    ) -> None:
+        self.mod = sensitivity.mod
+        self.training = training
+        self._known = sensitivity
+        self._selection, self._judge = selection, judge
+        self._folder, self._deadline = folder, deadline
+        self._fitted = FittedNetworks(self.mod, folder)
+
+    @property
+    def best_fit(self) -> Fit:
+        """The best that can be done."""
+        return "reconstructed" if self.training is None else "finetuned"
+
+    def __call__(self, plan: Plan, fit: Fit) -> IRModule:
+        """The network of a plan, fitted in this way."""
+        how = {"refitted": self.refitted, "reconstructed": self.reconstructed, "finetuned": self.finetuned}
+        return how[fit](plan)
+
+    def refitted(self, plan: Plan) -> IRModule:
+        return self._fitted.once(plan, "refitted", lambda: self._refit(self.mod, plan))
+
+    def reconstructed(self, plan: Plan) -> IRModule:
+        def fit() -> IRModule:
+            images, seed = self._known.images, self._known.seed
+            return reconstruct_if_better(self.mod, self.refitted(plan), images, self._selection, seed=seed)
+
+        return self._fitted.once(plan, "reconstructed", fit)
+
+    def finetuned(self, plan: Plan) -> IRModule:
+        assert self.training is not None
+        if self.training.stages == 1:
+            return self._trained(plan, "finetuned", lambda: self.reconstructed(plan))
+        return self._in_stages(plan, self.training.stages)
+
+    def _in_stages(self, plan: Plan, stages: int) -> IRModule:
+        network, sofar = self.mod, Plan()
+        names = [name for name in self._known.sites if name in plan]
+        parts = [list(part) for part in np.array_split(names, min(stages, len(names))) if len(part)]
+        for number, part in enumerate(parts, 1):
+            own = {name: plan[name] for name in part}
+            sofar = Plan({**sofar, **own})
+            label = f"stage {number} of {len(parts)} of {plan.to_json()}"
+            console.phase(f"stage {number} of {len(parts)}: {', '.join(part)}")
+
+            def start(network: IRModule = network, own: Mapping[str, Choice] = own) -> IRModule:
+                return self._refit(network, own)
+
+            def begun(sofar: Plan = sofar, label: str = label, start: Callable[[], IRModule] = start) -> IRModule:
+                return self._fitted.once(sofar, f"{label}, {self._name}", start)
+
+            network = self._trained(sofar, f"finetuned, {label}", begun)
+        return network
+
+    def _refit(self, network: IRModule, plan: Mapping[str, Choice]) -> IRModule:
+        """A network with dense sites replaced by the chains of a plan, which do what the sites of the dense one did."""
+        known, sites = self._known, find_sites(network)
+        with console.progress("refitting", len(sites)) as advance:
+            chains = refit(
+                network,
+                sites,
+                plan,
+                known.images,
+                known.targets,
+                fisher=known.fisher,
+                known=known.factors,
+                seed=known.seed,
+                advance=advance,
+            )
+        return replace_sites(network, chains)
+
+    @property
+    def _name(self) -> str:
+        assert self.training is not None
+        return self.training.name
+
+    def _trained(self, plan: Plan, how: str, start: Callable[[], IRModule]) -> IRModule:
+        def fit() -> IRModule:
+            training, folder = self.training, self._folder
+            assert training is not None and folder is not None
+            bridge = TorchBridge(start())
+            training.workers.of_first(plan.to_json)  # the others wait for it, in `follow`
+            training.run(bridge, TorchBridge(self.mod), self._judge, folder, self._deadline)
+            return bridge.to_relax()
+
+        return self._fitted.once(plan, f"{how}, {self._name}", fit)
+
+
+def follow(mod: IRModule, training: Training) -> None:
+    """What workers besides the first do during a search: train each network that it trains, until `dismiss`."""
+
+    def nobody(bridge: TorchBridge) -> Judged:
+        raise AssertionError("only the first worker judges")
+
+    while (text := training.workers.of_first(str)) is not None:
+        plan = Plan.from_json(text)
+        bridge = TorchBridge(replace_sites(mod, shape_chains(mod, plan)))
+        with suppress(TimeUp):
+            training.run(bridge, TorchBridge(mod), nobody, Path(), float("inf"))
+
+
+def dismiss(workers: Workers) -> None:
+    """Let the workers that `follow` go, when the search has ended."""
+    workers.of_first(lambda: None)

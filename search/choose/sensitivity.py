@@ -1,0 +1,189 @@
+"""What the data say of each site by itself: its statistics, its factorisations, and what each form of it would cost."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from itertools import groupby
+from typing import TypeVar
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+from tvm.ir import IRModule
+
+from tvm_lowrank import console
+from tvm_lowrank.bridge.calibrate import collect_fisher, collect_moments, predict, predict_each
+from tvm_lowrank.bridge.torch_bridge import TorchBridge
+from tvm_lowrank.data.synthetic import shrunk
+from tvm_lowrank.graph import Site, find_sites
+from tvm_lowrank.methods import METHODS, Chain, Factors, Moments, cut, factorise
+from tvm_lowrank.plan import Choice
+from tvm_lowrank.searching.candidates import candidates, site_macs
+from tvm_lowrank.searching.damage import DamageCurve, divergence, interpolated, probes, to_solve
+from tvm_lowrank.searching.fit.refit import Target, dense_outputs
+from tvm_lowrank.searching.journal import Journal
+from tvm_lowrank.transform import replace_sites
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+PROBE_IMAGES, FEWEST_IMAGES = 500, 100
+PROBE_MACS = 2e11  # of a probe: large networks are probed with fewer images
+
+
+class Sensitivity:
+    """How the answers of a network depend on each of its sites, computed when first needed.
+
+    Parameters
+    ----------
+    mod : the dense canonical module.
+    images : calibration images, float32 NCHW.
+    methods, lanes : of the candidates; ranks are multiples of `lanes`.
+    share : damage in nats that a site may take in a likely plan of all sites; probes are chosen around it.
+    synthetic : the images stand in for data that there is not.
+    """
+
+    def __init__(
+        self,
+        mod: IRModule,
+        images: np.ndarray,
+        *,
+        methods: Sequence[str],
+        lanes: int,
+        share: float,
+        synthetic: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.mod, self.images, self.seed = mod, images, seed
+        self.sites = {site.id: site for site in find_sites(mod)}
+        self._bridge = TorchBridge(mod)
+        self._methods, self._lanes, self._synthetic = methods, lanes, synthetic
+        self._share = share
+        self._factors: dict[tuple[str, str], Factors] = {}
+
+    @cached_property
+    def candidates(self) -> dict[str, list[Choice]]:
+        """What each site may become, besides dense."""
+        return {name: candidates(site, methods=self._methods, lanes=self._lanes) for name, site in self.sites.items()}
+
+    @cached_property
+    def moments(self) -> dict[str, Moments]:
+        """Input statistics of the sites that have candidates, in the dense network."""
+        with console.progress("calibrating", len(self.images)) as advance:
+            found = collect_moments(self._bridge, self._examined, self.images, seed=self.seed, advance=advance)
+        return {name: shrunk(moments) for name, moments in found.items()} if self._synthetic else found
+
+    @cached_property
+    def fisher(self) -> dict[str, np.ndarray]:
+        """Fisher information of the outputs of the sites that have candidates, in the dense network."""
+        with console.progress("weighing errors", len(self.images)) as advance:
+            return collect_fisher(self._bridge, self._examined, self.images, seed=self.seed, advance=advance)
+
+    @cached_property
+    def targets(self) -> dict[str, Target]:
+        """What the dense network computes at every site with candidates, for the refit."""
+        return dense_outputs(self._bridge, self._examined, self.images, seed=self.seed)
+
+    def factors(self, name: str, method: str) -> Factors:
+        """The factorisation of a site, made when it is first asked for."""
+        if (name, method) not in self._factors:
+            site, moments, fisher = self.sites[name], self.moments[name], self.fisher[name]
+            found = factorise(site.weight, site.spec, method=method, moments=moments, fisher=fisher)
+            self._factors[name, method] = found
+        return self._factors[name, method]
+
+    def network(self, plan: Mapping[str, Choice]) -> IRModule:
+        """The network of a plan whose chains were decomposed one by one, in the norm of the data, and not fitted."""
+        return replace_sites(self.mod, {name: self._single(name, choice) for name, choice in plan.items()})
+
+    def probe(self, journal: Journal, check: Callable[[], None]) -> dict[str, dict[Choice, float]]:
+        """Damage of every candidate in nats: predicted, and corrected by a few real evaluations of each site.
+
+        The evaluations are kept in the journal; ``check`` is called before those of each site.
+        """
+        macs = sum(site.macs for site in self.sites.values())
+        images = self.images[: int(np.clip(PROBE_MACS / macs, FEWEST_IMAGES, PROBE_IMAGES))]
+        dense = predict(self._bridge, images)
+        names = list(self.candidates)
+        unpredicted = [name for name in names if journal.get("predicted", name) is None]
+        if unpredicted:
+            _ = self.moments, self.fisher  # by all cores, before each core has a site of its own
+        # the largest first, so that no core waits long for another's last
+        unpredicted.sort(key=lambda name: self.sites[name].weight.size, reverse=True)
+        for name, own in _each(self._predicted, unpredicted, "predicting damage"):
+            journal.record("predicted", name, [own[choice] for choice in self.candidates[name]])
+        predicted = {
+            name: dict(zip(self.candidates[name], journal.get("predicted", name), strict=True)) for name in names
+        }
+        share = self._share / max(1, sum(bool(choices) for choices in self.candidates.values()))
+        found: dict[str, dict[float, float]] = {}
+        for name, own in console.track(predicted.items(), "probing damage", total=len(predicted)):
+            check()
+            exact = {choice: own[choice] for choice in self._solved(name)}
+            keys = {f"{name} {choice}": choice for choice in probes(exact, share)}
+            unknown = [key for key in keys if journal.get("probe", key) is None]
+            if unknown:
+                chains = [self._single(name, keys[key]) for key in unknown]
+                for key, changed in zip(unknown, predict_each(self._bridge, images, name, chains), strict=True):
+                    journal.record("probe", key, divergence(dense, changed))
+            if keys:
+                found[name] = {own[choice]: journal.get("probe", key) for key, choice in keys.items()}
+        curves = {name: DamageCurve.through(probed) for name, probed in found.items()}
+        return {name: {choice: curves[name](value) for choice, value in own.items()} for name, own in predicted.items()}
+
+    @property
+    def _examined(self) -> list[Site]:
+        return [site for site in self.sites.values() if self.candidates[site.id]]
+
+    def _single(self, name: str, choice: Choice) -> Chain:
+        """The chain of one candidate, decomposed by itself."""
+        assert choice.rank is not None
+        return cut(
+            choice.method, self.factors(name, choice.method), choice.rank, self.sites[name].weight, self.moments[name]
+        )
+
+    def _costs(self, name: str) -> dict[str, dict[Choice, int]]:
+        """MACs of a site's candidates, by method; the costliest first."""
+        costs = {choice: site_macs(self.sites[name], choice) for choice in self.candidates[name]}
+        ordered = sorted(costs, key=lambda choice: (choice.method, -costs[choice]))
+        return {
+            method: {choice: costs[choice] for choice in group}
+            for method, group in groupby(ordered, key=lambda choice: choice.method)
+        }
+
+    def _solved(self, name: str) -> list[Choice]:
+        """The candidates whose error is computed; it is interpolated for the others."""
+        groups = self._costs(name).items()
+        return [choice for method, own in groups for choice in (to_solve(own) if METHODS[method].solves else own)]
+
+    def _predicted(self, name: str) -> dict[Choice, float]:
+        """Damage of a site's candidates to second order, in nats, before the refit."""
+
+        def error(choice: Choice) -> float:
+            assert choice.rank is not None
+            return self.factors(name, choice.method).error(choice.rank)
+
+        found = {}
+        for method, own in self._costs(name).items():
+            # the costliest first: what it computes serves the others
+            errors = interpolated(own, error) if METHODS[method].solves else {choice: error(choice) for choice in own}
+            found.update({choice: value / 2 for choice, value in errors.items()})
+        return found
+
+
+def _each(function: Callable[[S], T], items: Sequence[S], description: str) -> Iterator[tuple[S, T]]:
+    """Every item with what the function makes of it, on all cores: linear algebra on one thread each."""
+    with (
+        threadpool_limits(1, user_api="blas"),
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        console.progress(description, len(items)) as advance,
+    ):
+
+        def done(item: S) -> T:
+            result = function(item)
+            advance()
+            return result
+
+        yield from zip(items, pool.map(done, items), strict=True)

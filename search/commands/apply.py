@@ -1,0 +1,123 @@
+"""`tvm_lowrank decompose`: apply an explicit plan to a model, with or without data, and build it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tvm.ir import IRModule
+
+from tvm_lowrank import console
+from tvm_lowrank.bridge.calibrate import collect_fisher, collect_moments
+from tvm_lowrank.bridge.torch_bridge import TorchBridge
+from tvm_lowrank.bundle.bundle import find_compiler, prepare_out
+from tvm_lowrank.data.metric import load_metric
+from tvm_lowrank.data.splits import Splits, overlaps
+from tvm_lowrank.data.synthetic import shrunk
+from tvm_lowrank.errors import UserError
+from tvm_lowrank.graph import Site, find_sites
+from tvm_lowrank.methods import METHODS, decompose
+from tvm_lowrank.plan import Choice, Plan
+from tvm_lowrank.searching.candidates import wide
+from tvm_lowrank.searching.commands.deliver import deliver_plan
+from tvm_lowrank.searching.commands.run import Request, delivery_of, load_data_of, load_model, opened, synthetic_images
+from tvm_lowrank.searching.fit.reconstruct import reconstruct_if_better
+from tvm_lowrank.searching.fit.refit import dense_outputs, refit
+from tvm_lowrank.searching.latency.times import SiteTimes
+from tvm_lowrank.searching.measure.device import check_connection
+from tvm_lowrank.targets.profile import load_profile
+from tvm_lowrank.transform import replace_sites
+
+
+def apply_plan(request: Request, given: Mapping[str, Choice] | Path | str) -> dict[str, Any]:
+    """Build the bundle of an explicit plan; returns its manifest.
+
+    With data the chains are fitted to the calibration images and the accuracy of the libraries is measured; without,
+    they are decomposed in the norm of synthetic images, and the manifest's ``accuracy`` and ``data`` are null. An
+    empty plan builds the dense network.
+
+    Raises
+    ------
+    UserError
+        If the plan names a site that the model does not have or a rank that is not possible there, the other input is
+        bad, or the output cannot be written.
+    """
+    find_compiler()
+    profile = load_profile(request.target)
+    check_connection(profile, request.connection)
+    plan = Plan.of(given)
+    prepare_out(request.out, force=request.force)
+    mod = load_model(request)
+    sites = find_sites(mod)
+    check_plan(plan, sites, str(given) if isinstance(given, str | Path) else "plan")
+    splits = None if request.data is None and request.model is not None else load_data_of(request, mod)
+    metric = load_metric(request.metric)
+    for message in overlaps(splits) if splits is not None else []:
+        console.warn(message)
+
+    seconds: dict[str, float] = {}
+    with console.timed(seconds, "decomposing"):
+        network = _network(mod, sites, plan, splits, seed=request.seed)
+    with opened(request, profile) as (device, oracle):
+        return deliver_plan(
+            plan,
+            network,
+            mod,
+            SiteTimes(mod, sites, oracle, batch=request.batch),
+            oracle,
+            delivery_of(request, mod, device, splits),
+            splits=splits,
+            metric=metric,
+            reason=lambda site, choice: "as the plan says",
+            seconds=seconds,
+        )
+
+
+def check_plan(plan: Mapping[str, Choice], sites: list[Site], name: str) -> None:
+    """Raise UserError, naming the entry, unless every choice of a plan is possible."""
+    known = {site.id: site for site in sites}
+    for id, choice in plan.items():
+        if id not in known:
+            raise UserError(f"{name}: the model has no site {id!r}; it has {', '.join(known)}")
+        if choice.rank is None:
+            continue
+        if choice.method not in METHODS:
+            raise UserError(f"{name}: unknown method {choice.method!r} of {id}; known are {', '.join(METHODS)}")
+        try:
+            METHODS[choice.method].check(known[id].spec, choice.rank)
+            METHODS[choice.method].chain_specs(known[id].spec, choice.rank)
+        except ValueError as error:
+            raise UserError(f"{name}: site {id!r}: {error}; change the plan") from error
+
+
+def _network(mod: IRModule, sites: list[Site], plan: Plan, splits: Splits | None, *, seed: int) -> IRModule:
+    """What a dense module becomes under a plan."""
+    chosen = [site for site in sites if plan.get(site.id, Choice()).rank is not None]
+    if not chosen:
+        return mod
+    bridge = TorchBridge(mod)
+    if splits is None:
+        console.phase("no --data: synthetic images give the norm; the accuracy is not measured")
+        images = synthetic_images(mod, seed)
+        usual = [site for site in chosen if not wide(site)]
+        moments = {name: shrunk(found) for name, found in collect_moments(bridge, usual, images, seed=seed).items()}
+        fisher = collect_fisher(bridge, chosen, images, seed=seed)
+        chains = {
+            site.id: decompose(
+                site.weight,
+                site.spec,
+                method=plan[site.id].method,
+                rank=plan[site.id].rank,  # type: ignore[arg-type]
+                moments=moments.get(site.id),
+                fisher=fisher[site.id],
+            )
+            for site in console.track(chosen, "decomposing")
+        }
+        return replace_sites(mod, chains)
+    images = splits.calibration
+    targets = dense_outputs(bridge, chosen, images, seed=seed)
+    fisher = collect_fisher(bridge, chosen, images, seed=seed)
+    with console.progress("decomposing and refitting", len(sites)) as advance:
+        chains = refit(mod, sites, plan, images, targets, fisher=fisher, seed=seed, advance=advance)
+    return reconstruct_if_better(mod, replace_sites(mod, chains), images, splits.selection[0], seed=seed)

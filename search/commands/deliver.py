@@ -1,0 +1,363 @@
+"""From a plan to a bundle: build both libraries, look at the evaluation split, measure end to end, write it down."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tvm.ir import IRModule
+
+from tvm_lowrank import console
+from tvm_lowrank.bridge.calibrate import predict
+from tvm_lowrank.bridge.torch_bridge import TorchBridge
+from tvm_lowrank.bundle.bundle import evaluate, export_library, read_manifest, write_manifest
+from tvm_lowrank.bundle.portable import write_portable
+from tvm_lowrank.bundle.report import write_report
+from tvm_lowrank.codegen.lower import build, kernels, lower
+from tvm_lowrank.data.metric import Metric, accuracy, paired_drop
+from tvm_lowrank.data.splits import Splits, fingerprint
+from tvm_lowrank.errors import MeasurementError
+from tvm_lowrank.files import write_text
+from tvm_lowrank.graph import Site, find_sites
+from tvm_lowrank.plan import Choice, Plan
+from tvm_lowrank.searching.candidates import site_macs, skipped
+from tvm_lowrank.searching.choose.loop import Evaluated, Search
+from tvm_lowrank.searching.choose.offers import offers
+from tvm_lowrank.searching.latency.oracle import LatencyOracle
+from tvm_lowrank.searching.latency.times import SiteTimes
+from tvm_lowrank.searching.measure.device import Device, Model
+
+ROUNDS = 30
+DENSE_ROUNDS = 10
+TOLERANCE = 1e-3  # of the largest output: the compiled library against PyTorch
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What the bundle is made for, besides what the search knows."""
+
+    out: Path
+    model: str
+    input_shape: tuple[int, int, int, int]
+    target: Mapping[str, Any]
+    data: Mapping[str, Any] | None  # source, mean, std
+    device: Device
+
+
+def deliver(search: Search, kept: Sequence[Evaluated], oracle: LatencyOracle, delivery: Delivery) -> dict[str, Any]:
+    """Write the bundle of the fastest plan that keeps the budget on the evaluation split; returns its manifest.
+
+    The compiled library is what is evaluated. When a plan fails, the next milder one is looked at; the manifest says
+    how many looks there were. When none passes, the bundle is the tuned dense model.
+    """
+    with console.timed(search.seconds, "tuning kernels"):
+        search.times.measure_others()
+    with console.timed(search.seconds, "building, verifying and measuring"):
+        plan, network, manifest = _libraries(search, kept, oracle, delivery)
+    return write_bundle(delivery.out, plan, network, {**manifest, "seconds": search.seconds})
+
+
+def deliver_plan(
+    plan: Plan,
+    network: IRModule,
+    mod: IRModule,
+    times: SiteTimes,
+    oracle: LatencyOracle,
+    delivery: Delivery,
+    *,
+    splits: Splits | None,
+    metric: Metric,
+    reason: Callable[[Site, Choice], str],
+    seconds: dict[str, float],
+    **more: Any,
+) -> dict[str, Any]:
+    """Write the bundle of a plan that is not up for discussion; returns its manifest.
+
+    ``network`` is what the dense canonical module ``mod`` becomes under it. Without data its accuracy is not measured.
+    ``more`` are further entries of the manifest.
+    """
+    out, sites = delivery.out, find_sites(mod)
+    with console.timed(seconds, "tuning kernels"):
+        times.measure([(site.id, plan.get(site.id, Choice())) for site in sites])
+        times.measure_others()
+    with console.timed(seconds, "building, verifying and measuring"):
+        dense = build_library(mod, oracle, delivery, "dense.so")
+        if network is mod:
+            shutil.copyfile(out / "dense.so", out / "model.so")
+        else:
+            compressed = build_library(network, oracle, delivery, "model.so")
+        measured = None
+        if splits is not None:
+            judge = partial(judged, splits=splits, metric=metric, device=delivery.device)
+            before = after = judge(dense, description="accuracy, dense library")
+            if network is not mod:
+                after = judge(compressed, description="accuracy, compressed library")
+            measured = accuracy_entry(metric, before, after, delivery.device, looks=1)
+        latency, speedup = compare(times, plan, delivery)
+    described = describe(plan, sites, times, delivery, splits, reason=reason)
+    more = {"budget": None, "accuracy": measured, "latency_ms": latency, "speedup": speedup, "seconds": seconds, **more}
+    return write_bundle(out, plan, network, {**described, **more})
+
+
+def describe(
+    plan: Plan,
+    sites: Sequence[Site],
+    times: SiteTimes,
+    delivery: Delivery,
+    splits: Splits | None,
+    *,
+    reason: Callable[[Site, Choice], str],
+    offers: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+) -> dict[str, Any]:
+    """What a plan's manifest says of the model, the data and the sites; their kernels have been measured.
+
+    ``offers`` of each site are those of `tvm_lowrank.searching.choose.offers`.
+    """
+    choices = [(site, plan.get(site.id, Choice())) for site in sites]
+    evaluation = None if splits is None else {"evaluation_sha256": fingerprint(splits.evaluation)}
+    return {
+        "model": delivery.model,
+        "target": dict(delivery.target),
+        "input_shape": list(delivery.input_shape),
+        "data": None if evaluation is None else {**(delivery.data or {}), **evaluation},
+        "sites": [
+            site_entry(site, choice, times, reason=reason(site, choice), offers=(offers or {}).get(site.id, ()))
+            for site, choice in choices
+        ],
+    }
+
+
+def explain(
+    search: Search, plan: Plan, delivery: Delivery, why: Callable[[Site, Choice], str] | None = None
+) -> dict[str, Any]:
+    """`describe` a plan that a search found, with what it considered; ``why`` takes the place of its `reason`."""
+    return describe(
+        plan,
+        search.sites,
+        search.times,
+        delivery,
+        None if search.settings.synthetic else search.splits,
+        reason=why or partial(reason, search),
+        offers=offers(search, plan),
+    )
+
+
+def write_bundle(folder: Path, plan: Plan, network: IRModule, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Write what a bundle has beside its libraries; returns the completed manifest.
+
+    ``network`` is the canonical module that ``model.so`` was built from.
+    """
+    write_text(folder / "plan.json", plan.to_json())
+    write_portable(network, folder)
+    complete = write_manifest(folder, manifest)
+    write_report(folder)
+    return complete
+
+
+def _libraries(
+    search: Search, kept: Sequence[Evaluated], oracle: LatencyOracle, delivery: Delivery
+) -> tuple[Plan, IRModule, dict[str, Any]]:
+    """Build and judge plans until one passes: it, its network, and its manifest without the seconds."""
+    out, budget = delivery.out, search.settings.budget
+    dense = build_library(search.mod, oracle, delivery, "dense.so")
+    dense_scores = looked(search, dense, delivery, Plan(), description="accuracy, dense library")
+
+    chosen, network, scores = Plan(), search.mod, dense_scores
+    candidate = kept[0] if kept else None
+    while candidate is not None:
+        console.phase(f"building the plan with {candidate.drop:+.2f} points of drop on the selection split")
+        library = build_library(search.network(candidate.plan, candidate.fit), oracle, delivery, "model.so")
+        scores = looked(
+            search, library, delivery, candidate.plan, candidate.fit, description="accuracy, compressed library"
+        )
+        drop, interval = paired_drop(dense_scores, scores)
+        if (interval[1] if search.settings.confident else drop) <= budget:
+            chosen, network = candidate.plan, library.mod
+            break
+        console.warn(
+            f"{drop:+.2f} points of drop on the evaluation split ({interval[0]:+.2f} to {interval[1]:+.2f}); "
+            "trying a milder plan"
+        )
+        candidate = search.milder(candidate, kept)
+
+    if not chosen:
+        shutil.copyfile(out / "dense.so", out / "model.so")
+    measure = partial(compare, search.times, chosen, delivery)
+    latency, speedup = search.journal.once("end to end", chosen.to_json(), measure)
+    if chosen and speedup <= 1:
+        console.warn(f"the compressed library is not faster ({speedup:.2f}x); the bundle is the tuned dense model")
+        shutil.copyfile(out / "dense.so", out / "model.so")
+        chosen, network, speedup, latency["compressed"] = Plan(), search.mod, 1.0, latency["dense"]
+    if not chosen:
+        scores = dense_scores
+    described = explain(search, chosen, delivery)
+    looks = len(search.journal.of_kind("look"))
+    entry = accuracy_entry(search.metric, dense_scores, scores, delivery.device, looks=looks)
+    manifest = {**described, "budget": budget, "accuracy": entry, "latency_ms": latency, "speedup": speedup}
+    return chosen, network, manifest
+
+
+@dataclass(frozen=True, eq=False)
+class Library:
+    """A compiled module: as a function of images on its device, and the module itself."""
+
+    model: Model
+    mod: IRModule
+
+
+def judged(library: Library, splits: Splits, metric: Metric, device: Device, *, description: str) -> np.ndarray:
+    """The metric's scores of a library on the evaluation split, (n,).
+
+    What is too much for an emulated device is computed by PyTorch, with which the library was found to agree.
+    """
+    images, labels = splits.evaluation
+    here = slice(device.limit)
+    scores = evaluate(library.model, images[here], labels[here], metric, description=description, chunk=device.chunk)
+    if len(scores) == len(images):
+        return scores
+    rest = slice(device.limit, None)
+    reference = partial(predict, TorchBridge(library.mod))
+    others = evaluate(reference, images[rest], labels[rest], metric, description=f"{description}, in PyTorch")
+    return np.concatenate([scores, others])
+
+
+def looked(
+    search: Search, library: Library, delivery: Delivery, plan: Plan, fit: str = "", *, description: str
+) -> np.ndarray:
+    """`judged` once for a plan and its fit, and kept in the journal: a look at the evaluation split, but for dense."""
+    judge = partial(judged, library, search.splits, search.metric, delivery.device, description=description)
+    kind, key = ("look", f"{plan.to_json()} {fit}") if plan else ("scores", "dense")
+    return np.array(search.journal.once(kind, key, lambda: judge().tolist()))
+
+
+def build_library(mod: IRModule, oracle: LatencyOracle, delivery: Delivery, name: str) -> Library:
+    """Compile a canonical module to a file of the bundle; kernels that the oracle does not know are tuned first.
+
+    Raises
+    ------
+    MeasurementError
+        If the device's outputs are not those that PyTorch computes here.
+    """
+    shape, device, path = delivery.input_shape, delivery.device, delivery.out / name
+    target = oracle.profile.tvm_target(oracle.threads)
+    lowered = lower(mod, batch=shape[0], target=target)
+    compiler, options = device.linker
+    oracle.measure(kernels(lowered))
+    executable = build(lowered, oracle.database, target, threads=oracle.threads)
+    export_library(executable, path, cc=compiler, options=options)
+    model = device.model(path, shape)
+    x = np.random.default_rng(0).standard_normal((shape[0], *shape[1:])).astype("float32")
+    expected = predict(TorchBridge(mod), x)
+    error = float(np.max(np.abs(model(x) - expected)) / max(np.max(np.abs(expected)), 1e-30))
+    if not error < TOLERANCE:
+        raise MeasurementError(
+            f"{name} does not compute on the device what PyTorch does here (relative error {error:.1e}); "
+            "tvm_lowrank doctor checks the device; if it is well, report this model"
+        )
+    return Library(model, mod)
+
+
+def end_to_end(
+    directory: Path, device: Device, *, rounds: int = ROUNDS, shape: Sequence[int]
+) -> tuple[dict[str, Any], float]:
+    """Latency of a bundle's two libraries, interleaved in one run: (the manifest's ``latency_ms``, speed-up).
+
+    ``shape`` is the libraries' (N, C, H, W).
+    """
+    console.phase("measuring both libraries end to end, interleaved")
+    x = np.random.default_rng(0).standard_normal(shape).astype("float32")
+    libraries = {"dense": directory / "dense.so", "compressed": directory / "model.so"}
+    runs = device.interleaved(libraries, x, rounds=rounds)
+    latency: dict[str, Any] = {name: summary(ms) for name, ms in runs.items()}
+    speedup = latency["dense"]["median"] / latency["compressed"]["median"]
+    return {**latency, "threads": device.threads, "batch": shape[0], "how": device.how}, speedup
+
+
+def dense_latency(mod: IRModule, oracle: LatencyOracle, delivery: Delivery) -> float:
+    """Build the dense library and measure it: median ms, end to end."""
+    build_library(mod, oracle, delivery, "dense.so")
+    x = np.random.default_rng(0).standard_normal(delivery.input_shape).astype("float32")
+    runs = delivery.device.interleaved({"dense": delivery.out / "dense.so"}, x, rounds=DENSE_ROUNDS)
+    return float(np.median(runs["dense"]))
+
+
+def compare(times: SiteTimes, plan: Plan, delivery: Delivery) -> tuple[dict[str, Any], float]:
+    """`end_to_end` of both libraries, beside what was predicted for them; the prediction learns from it."""
+    predicted = {"dense": times.whole({}), "compressed": times.whole(plan)}
+    latency, speedup = end_to_end(delivery.out, delivery.device, shape=delivery.input_shape)
+    for name, own in {"dense": Plan(), "compressed": plan}.items():
+        latency[name]["predicted"] = predicted[name]
+        if own or name == "dense":
+            times.learn(own, latency[name]["median"])
+    return latency, speedup
+
+
+def measure_again(directory: Path, device: Device, *, rounds: int) -> tuple[dict[str, Any], float]:
+    """`end_to_end` of a finished bundle."""
+    return end_to_end(directory, device, rounds=rounds, shape=read_manifest(directory)["input_shape"])
+
+
+def summary(ms: Sequence[float]) -> dict[str, float]:
+    """The manifest's entry of a library's milliseconds."""
+    p10, median, p90 = np.percentile(ms, [10, 50, 90])
+    return {"median": float(median), "p10": float(p10), "p90": float(p90)}
+
+
+def accuracy_entry(
+    metric: Metric, dense: np.ndarray, compressed: np.ndarray, device: Device, *, looks: int
+) -> dict[str, Any]:
+    """The manifest's ``accuracy``, from the scores (n,) of both libraries."""
+    drop, interval = paired_drop(dense, compressed)
+    return {
+        "metric": metric.name,
+        "n": len(dense),
+        "dense": accuracy(dense),
+        "compressed": accuracy(compressed),
+        "drop": drop,
+        "ci95": list(interval),
+        "looks": looks,
+        "on_device": min(len(dense), device.limit or len(dense)),
+    }
+
+
+def site_entry(
+    site: Site, choice: Choice, times: SiteTimes, *, reason: str, offers: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """One of the manifest's ``sites``."""
+    return {
+        "id": site.id,
+        "method": choice.method,
+        "rank": choice.rank,
+        "ms": times.measured(site.id, choice),
+        "dense_ms": times.measured(site.id, Choice()),
+        "macs": site_macs(site, choice),
+        "dense_macs": site.macs,
+        "reason": reason,
+        "offers": list(offers),
+    }
+
+
+def reason(search: Search, site: Site, choice: Choice) -> str:
+    """Why a site became what it is, in one sentence."""
+    name, damages = site.id, search.damage.get(site.id)
+    if damages is None:
+        return "left dense: the time limit came before it was examined"
+    if not damages:
+        why = "first layer, depthwise or too wide" if skipped(site) else "no method costs fewer MACs"
+        return f"left dense: {why}"
+    dense = search.times.estimate(name, Choice())
+    if choice.rank is not None:
+        saved = dense - search.times.estimate(name, choice)
+        return f"saves {saved:.3f} ms for a predicted {damages[choice]:.4f} nats"
+    measured = [(ms, c) for c in damages if (ms := search.times.measured(name, c)) is not None]
+    if not measured:
+        return "left dense: no chain is worth its damage, by what is predicted"
+    ms, best = min(measured, key=lambda pair: pair[0])
+    if ms >= dense:
+        return f"left dense: no measured chain is faster ({best} takes {ms - dense:+.3f} ms)"
+    return f"left dense: {best} would save {dense - ms:.3f} ms and cost a predicted {damages[best]:.4f} nats"

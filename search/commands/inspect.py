@@ -1,0 +1,46 @@
+"""`tvm_lowrank inspect`: the sites of a model and where its time goes."""
+
+from __future__ import annotations
+
+from tvm_lowrank import console
+from tvm_lowrank.graph import find_sites
+from tvm_lowrank.plan import Choice
+from tvm_lowrank.searching.commands.run import Request, load_model, opened
+from tvm_lowrank.searching.latency.times import SiteTimes
+from tvm_lowrank.searching.measure.device import check_connection
+from tvm_lowrank.targets.profile import load_profile
+
+
+def print_sites(request: Request) -> None:
+    """Tune the dense network's kernels (or take them from the cache) and print a table of its sites."""
+    profile = load_profile(request.target)
+    check_connection(profile, request.connection)
+    mod = load_model(request)
+    sites = find_sites(mod)
+    with opened(request, profile) as (device, oracle):
+        times = SiteTimes(mod, sites, oracle, batch=request.batch)
+        others = times.measure_others()
+        dense = {site.id: times.estimate(site.id, Choice()) for site in sites}
+    total = sum(dense.values()) + others
+    macs = sum(site.macs for site in sites)
+    rows = [
+        (
+            site.id,
+            f"{site.spec.in_channels} -> {site.spec.out_channels}",
+            f"{site.spec.kernel[0]}x{site.spec.kernel[1]}" + (f" /{site.spec.groups}" if site.spec.groups > 1 else ""),
+            f"{site.size[0]}x{site.size[1]}",
+            f"{site.macs / 1e6:.2f} M",
+            f"{100 * site.macs / macs:.1f} %",
+            f"{dense[site.id]:.4f}",
+            f"{100 * dense[site.id] / total:.1f} %",
+            f"{2 * site.macs / dense[site.id] / 1e6:.0f}",
+        )
+        for site in sites
+    ]
+    rows.append(("(other)", "", "", "", "", "", f"{others:.4f}", f"{100 * others / total:.1f} %", ""))
+    console.table(
+        f"{request.model_name} on {profile.name}, {request.threads} thread(s), batch {request.batch}: "
+        f"{macs / 1e6:.1f} M MACs, {device.how}",
+        ("site", "channels", "kernel", "input", "MACs", "of all", "ms", "of all", "GFLOPS"),
+        rows,
+    )

@@ -1,0 +1,107 @@
+"""Reconstruction: all factors and biases of a compressed network learn together to do what the dense one does.
+
+The refit (`tvm_lowrank.searching.fit.refit`) is exact, but sees one site at a time. Here the loss is that of the whole
+network: the divergence of the answers, and at every site the squared error of its input, relative to the dense
+network's. It is the joint form of the block reconstruction of Li et al. 2021 (BRECQ); a term for every site keeps a
+thousand images from being learned by heart, as ten numbers an image would be. Mirrored and shifted images are as good
+as new ones, for the dense network answers for any image. No labels are used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tvm.ir import IRModule
+
+from tvm_lowrank import console
+from tvm_lowrank.bridge.calibrate import predict
+from tvm_lowrank.bridge.torch_bridge import TorchBridge
+from tvm_lowrank.graph import find_sites
+from tvm_lowrank.searching.damage import divergence
+from tvm_lowrank.searching.fit.muon import Muon
+from tvm_lowrank.searching.fit.training import Learner, imitation, parameter_groups, ramp, watched
+
+PASSES = 12  # over the images
+MOST_WORK = 2e14  # multiply-accumulates of a reconstruction; large networks get fewer passes
+BATCH = 50
+RATE = 0.006  # of Muon in so many passes; fewer of them would not calm down from such large steps
+WARM_UP = 0.1
+SHIFT = 1 / 8  # of an image's size
+
+
+def reconstruct(
+    dense: IRModule,
+    network: IRModule,
+    images: np.ndarray,
+    *,
+    passes: int = PASSES,
+    seed: int = 0,
+    advance: Callable[[float], object] = lambda images: None,
+) -> IRModule:
+    """A compressed network with other parameters, which imitate the dense network better on calibration images.
+
+    Parameters
+    ----------
+    dense, network : canonical modules; `network` is `dense` with chains in place of sites.
+    images : float32 NCHW.
+    advance : called with the number of images done after each batch.
+    """
+    teacher, student = Learner(dense), Learner(network, learns=True)
+    rate = RATE * math.sqrt(passes / PASSES)
+    optimiser = Muon(parameter_groups(student.bridge), lr=rate)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.from_numpy(images)
+    steps = passes * math.ceil(len(x) / BATCH)
+    done = 0
+    for _ in range(passes):
+        for picked in torch.randperm(len(x), generator=generator).split(BATCH):
+            for group in optimiser.param_groups:
+                group["lr"] = rate * ramp((done + 0.5) / steps, WARM_UP)
+            batch = varied(x[picked], generator)
+            with torch.no_grad():
+                wanted = watched(teacher, batch)
+            loss = imitation(wanted, watched(student, batch))
+            if not math.isfinite(loss.item()):
+                return network
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            done += 1
+            advance(len(picked))
+    return student.network()
+
+
+def reconstruct_if_better(
+    dense: IRModule, network: IRModule, images: np.ndarray, others: np.ndarray, *, seed: int = 0
+) -> IRModule:
+    """The reconstruction of a network, or the network itself: which is nearer to the dense one on other images.
+
+    The arguments are those of `reconstruct`; for large networks it is shortened to a few minutes.
+    """
+    passes = passes_for(sum(site.macs for site in find_sites(dense)), len(images))
+    with console.progress("reconstructing", passes * len(images)) as advance:
+        found = reconstruct(dense, network, images, passes=passes, seed=seed, advance=advance)
+    wanted = predict(TorchBridge(dense), others)
+    return min(network, found, key=lambda mod: divergence(wanted, predict(TorchBridge(mod), others)))
+
+
+def passes_for(macs: int, images: int) -> int:
+    """How many passes over so many images a network of so many MACs gets."""
+    return int(np.clip(MOST_WORK / (4 * macs * images), 2, PASSES))
+
+
+def varied(images: Tensor, generator: torch.Generator) -> Tensor:
+    """The images (n, C, H, W), half of them mirrored, shifted by up to `SHIFT` of their size; borders are reflected."""
+    count, _, height, width = images.shape
+    mirrored = torch.rand(count, generator=generator) < 0.5
+    images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
+    down, across = int(height * SHIFT), int(width * SHIFT)
+    padded = F.pad(images, (across, across, down, down), mode="reflect").permute(0, 2, 3, 1)
+    rows = torch.randint(0, 2 * down + 1, (count, 1), generator=generator) + torch.arange(height)
+    cols = torch.randint(0, 2 * across + 1, (count, 1), generator=generator) + torch.arange(width)
+    return padded[torch.arange(count).view(-1, 1, 1), rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)

@@ -1,0 +1,53 @@
+"""What the time of a convolution depends on, whether or not it has been lowered yet."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+from tvm_lowrank.codegen.lower import Kernel
+from tvm_lowrank.codegen.schedule import Workload, workload
+from tvm_lowrank.codegen.vectors import computed_channels
+from tvm_lowrank.methods import ConvSpec, Pair
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """What the time of a convolution depends on: its loop nest and the bytes that it reads."""
+
+    space: Workload
+    input_bytes: int
+
+    @classmethod
+    def of(cls, spec: ConvSpec, size: Pair, *, batch: int, lanes: int) -> Convolution:
+        """The loop nest that a convolution of (height, width) images is lowered to."""
+        height, width = spec.output_size(size)
+        out, inner, *kernel = spec.weight_shape
+        out = computed_channels(out, spec.groups, lanes)
+        depthwise = spec.groups == out
+        space = Workload(
+            spatial=(batch, height, width, out),
+            reduction=(*kernel, inner),
+            group=out if depthwise else out // spec.groups,
+            padded=any(spec.padding),
+        )
+        return cls(space, 4 * batch * prod(size) * spec.in_channels)
+
+    @classmethod
+    def lowered(cls, kernel: Kernel) -> Convolution | None:
+        """That of a kernel; None if it is no 2-D convolution in NHWC."""
+        space = workload(kernel.func) if kernel.is_conv else None
+        if space is None or len(space.spatial) != 4 or len(space.reduction) != 3:
+            return None
+        main = kernel.func["main"]
+        return cls(space, 4 * prod(int(extent) for extent in main.params[0].shape))
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self.space), "input_bytes": self.input_bytes}
+
+    @classmethod
+    def from_json(cls, entry: dict[str, Any]) -> Convolution:
+        """The inverse of `to_json`; TypeError or KeyError if the entry is not one."""
+        spatial, reduction = (tuple(int(extent) for extent in entry[name]) for name in ("spatial", "reduction"))
+        return cls(Workload(spatial, reduction, int(entry["group"]), bool(entry["padded"])), int(entry["input_bytes"]))

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from tvm_lowrank.data.metric import accuracy, load_metric, paired_drop, parse_budget
+from tvm_lowrank.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("text", "points"), [("1%", 1), ("0.5%", 0.5), ("1", 1), (" .25 % ", 0.25), ("0", 0), ("100%", 100)]
+)
+def test_budget(text: str, points: float) -> None:
+    assert parse_budget(text) == points
+
+
+@pytest.mark.parametrize("text", ["banana", "-1%", "150%", "", "%", "nan", "inf", "1e3", "1,5%", "1%%", "1 2", "²"])
+def test_bad_budget(text: str) -> None:
+    with pytest.raises(UserError, match=r"write e\.g\. 1%"):
+        parse_budget(text)
+
+
+def test_top_k_agrees_with_sorting() -> None:
+    rng = np.random.default_rng(1)
+    logits, labels = rng.normal(size=(200, 12)).astype("float32"), rng.integers(0, 12, 200)
+    order = np.argsort(-logits, axis=1)
+    for k in (1, 5):
+        expected = (order[:, :k] == labels[:, None]).any(axis=1)
+        np.testing.assert_array_equal(load_metric(f"top{k}").scores(logits, labels), expected)
+    assert accuracy(load_metric("top1").scores(logits, logits.argmax(1))) == 100
+
+
+def test_ties_and_nan_do_not_count_as_right() -> None:
+    top1, top5 = load_metric("top1"), load_metric("top5")
+    constant = np.zeros((12, 12), "float32")
+    assert top1.scores(constant, np.arange(12)).sum() == 1
+    assert top5.scores(constant, np.arange(12)).sum() == 5
+    broken = np.full((12, 12), np.nan, "float32")
+    assert top1.scores(broken, np.arange(12)).sum() == top5.scores(broken, np.arange(12)).sum() == 0
+
+
+def test_outputs_that_no_top_k_fits() -> None:
+    for logits, labels, message in (
+        (np.zeros((2, 5)), [0, 1], "always right"),
+        (np.zeros((2, 8, 3)), [0, 1], "shape"),
+        (np.zeros((2, 8)), [0, 8], "do not fit 8 classes"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_metric("top5").scores(logits, np.array(labels))
+
+
+def write(tmp_path: Path, body: str) -> str:
+    (tmp_path / "metrics.py").write_text(f"import numpy as np\ndef metric(logits, labels):\n    {body}\n")
+    return f"{tmp_path}/metrics.py:metric"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "return logits.argmax(1) == labels",
+        "return float((logits.argmax(1) == labels).mean())",
+        "import torch; return torch.from_numpy(logits).argmax(1) == torch.from_numpy(labels)",
+    ],
+)
+def test_own_function_per_image_or_as_a_mean(tmp_path: Path, body: str) -> None:
+    rng = np.random.default_rng(2)
+    logits, labels = rng.normal(size=(20, 4)).astype("float32"), rng.integers(0, 4, 20)
+    metric = load_metric(write(tmp_path, body))
+    assert metric.name == f"{tmp_path}/metrics.py:metric"
+    np.testing.assert_array_equal(metric.scores(logits, labels), logits.argmax(1) == labels)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return 1 / 0", "failed: ZeroDivisionError"),
+        ("return 'good'", "failed: ValueError"),
+        ("return np.zeros(3)", "returned shape"),
+        ("return np.full(len(labels), 100.0)", "from 0 to 1"),
+        ("return np.full(len(labels), np.nan)", "from 0 to 1"),
+    ],
+)
+def test_own_function_that_fails(tmp_path: Path, body: str, message: str) -> None:
+    metric = load_metric(write(tmp_path, body))
+    with pytest.raises(UserError, match=message) as error:
+        metric.scores(np.zeros((5, 4), "float32"), np.zeros(5, "int64"))
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_metrics(tmp_path: Path) -> None:
+    for spec, message in (("f1", "unknown metric 'f1'"), ("no.py:f", "no such file"), ("math:pi", "not a function")):
+        with pytest.raises(UserError, match=message):
+            load_metric(spec)
+
+
+# the interval
+
+scores = hnp.arrays("float64", st.integers(1, 60), elements=st.floats(0, 1))
+binary = hnp.arrays("float64", st.integers(1, 60), elements=st.sampled_from([0.0, 1.0]))
+
+
+@given(st.one_of(scores, binary), st.randoms(use_true_random=False))
+def test_interval_is_sane(dense: np.ndarray, random: object) -> None:
+    compressed = dense.copy()
+    random.shuffle(compressed)  # type: ignore[attr-defined]
+    drop, (low, high) = paired_drop(dense, compressed)
+    assert drop == pytest.approx(accuracy(dense) - accuracy(compressed), abs=1e-9)
+    assert -100 <= low <= drop <= high <= 100
+    assert high > low
+    back, (back_low, back_high) = paired_drop(compressed, dense)
+    assert (back, back_low, back_high) == pytest.approx((-drop, -high, -low), abs=1e-9)
+    wide_low, wide_high = paired_drop(dense, compressed, confidence=0.99)[1]
+    assert wide_low <= low and high <= wide_high
+    more_low, more_high = paired_drop(np.tile(dense, 8), np.tile(compressed, 8))[1]
+    assert more_high - more_low < high - low
+
+
+def test_interval_is_agresti_and_min() -> None:
+    # 2 x 2 table: 20 images only dense gets right, 8 only compressed, 60 both, 12 none
+    dense = np.repeat([1, 0, 1, 0], [20, 8, 60, 12])
+    compressed = np.repeat([0, 1, 1, 0], [20, 8, 60, 12])
+    b, c, n = 20.5, 8.5, 102
+    centre, half = (b - c) / n, 1.959964 * np.sqrt(b + c - (b - c) ** 2 / n) / n
+    drop, interval = paired_drop(dense, compressed)
+    assert drop == pytest.approx(12)
+    assert interval == pytest.approx((100 * (centre - half), 100 * (centre + half)), abs=1e-4)
+
+
+@pytest.mark.parametrize("n", [30, 2000])
+@pytest.mark.parametrize("kind", ["binary", "real"])
+def test_interval_covers_the_true_drop(n: int, kind: str) -> None:
+    rng = np.random.default_rng(3)
+    hits = 0
+    for _ in range(400):
+        if kind == "binary":  # 4 % lost, 2 % won
+            change = rng.choice([1.0, -1.0, 0.0], n, p=[0.04, 0.02, 0.94])
+            dense, compressed, truth = (change > 0) * 1.0, (change < 0) * 1.0, 2.0
+        else:
+            dense, loss = rng.uniform(0.5, 1, n), rng.beta(0.5, 4.5, n)
+            compressed, truth = dense * (1 - loss), 100 * 0.75 * 0.1
+        low, high = paired_drop(dense, compressed)[1]
+        hits += low <= truth <= high
+    assert hits / 400 > 0.93
+
+
+def test_interval_without_any_difference_is_not_a_point() -> None:
+    drop, (low, high) = paired_drop(np.ones(2000), np.ones(2000))
+    assert drop == 0
+    assert -0.1 < low < 0 < high < 0.1
+
+
+def test_interval_needs_the_same_images() -> None:
+    with pytest.raises(ValueError, match="same images"):
+        paired_drop(np.ones(3), np.ones(4))

@@ -1,0 +1,112 @@
+"""The outer loop: on landscapes of damage whose best limit is known it finds that limit, with few evaluations."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tvm_lowrank.plan import Choice, Plan
+from tvm_lowrank.searching.choose.drops import POWER, RATE, Rate
+from tvm_lowrank.searching.choose.loop import FIRST_LIMIT, LEAST_LIMIT, MOST_EVALUATIONS, Evaluated, Placed, Search
+
+IMAGES = 1000
+
+
+class Landscape(Search):
+    """A search whose plan of a limit has a given damage; it loses ``rate * damage ** POWER`` points, and is counted."""
+
+    def __init__(
+        self, budget: float, rate: float, *, slope: float = 1.1, cost: float = 1.0, noise: float = 0.0
+    ) -> None:
+        settings: Any = SimpleNamespace(budget=budget, deadline=np.inf, confident=False)
+        splits: Any = SimpleNamespace(selection=(None, np.zeros(IMAGES)))
+        self.settings, self.splits = settings, splits
+        self.rate, self.slope, self.cost, self.noise = rate, slope, cost, noise
+        self.error = 0.4  # as it is reported, points
+        self._rate = Rate()
+        self.rng = np.random.default_rng(0)
+        self.fastest_from = np.inf
+        self.evaluated: list[Evaluated] = []
+
+    def placed(self, limit: float) -> Placed:
+        return Placed(Plan({"conv": Choice("svd", 8)}), limit, limit, limit**-0.25)
+
+    def true_drop(self, limit: float) -> float:
+        return self.rate * self.damage_of(limit) ** POWER
+
+    def damage_of(self, limit: float) -> float:
+        return float(self.cost * limit**self.slope)
+
+    def judge(self, placed: Placed) -> Evaluated:
+        counted = self.true_drop(placed.limit) + self.noise * float(self.rng.standard_normal())
+        damage, error = self.damage_of(placed.limit), self.error
+        result = Evaluated(**vars(placed), damage=damage, drop=counted, error=error, fit="refitted")
+        self._rate.learn(str(placed.limit), result.counted)
+        self.evaluated.append(result)
+        return result
+
+    def is_fastest(self, evaluated: Evaluated) -> bool:
+        return evaluated.limit >= self.fastest_from
+
+    @property
+    def dense_ms(self) -> float:
+        return 4.0
+
+    def found(self, first: float = FIRST_LIMIT) -> list[Evaluated]:
+        kept: list[Evaluated] = []
+        self._explore(kept, self.judge, first, MOST_EVALUATIONS)
+        return sorted(kept, key=lambda e: e.ms)
+
+
+@pytest.mark.parametrize("budget", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("rate", [10.0, 30.0, 90.0])
+@pytest.mark.parametrize("cost", [0.2, 1.0, 5.0])
+def test_the_limit_of_the_budget_is_found(budget: float, rate: float, cost: float) -> None:
+    search = Landscape(budget, rate, cost=cost)
+    search.error = 0.02
+    best = search.found()[0]
+    assert search.true_drop(best.limit) <= 1.25 * budget
+    assert search.true_drop(1.7 * best.limit) >= budget
+    assert len(search.evaluated) <= 6
+
+
+def test_luck_of_counting_hardly_moves_it() -> None:
+    """Counted drops are uncertain by 0.4 points, the budget is one."""
+    losses, evaluations = [], []
+    for seed in range(40):
+        search = Landscape(1.0, RATE, noise=0.4)
+        search.rng = np.random.default_rng(seed)
+        losses.append(search.true_drop(search.found()[0].limit))
+        evaluations.append(len(search.evaluated))
+    assert np.std(losses) < 0.2
+    assert 0.75 < np.mean(losses) < 1.0
+    assert np.mean(evaluations) < 3
+
+
+def test_a_whole_interval_within_the_budget() -> None:
+    search = Landscape(1.0, RATE)
+    search.settings.confident = True  # type: ignore[misc]
+    search.error = 0.25
+    best = search.found()[0]
+    assert 0.3 < search.true_drop(best.limit) <= 1.0 - 1.96 * 0.25
+
+
+def test_it_ends_at_the_fastest_plan() -> None:
+    search = Landscape(50.0, 30.0)
+    search.fastest_from = 0.05
+    assert search.found()[0] is search.evaluated[-1]
+    assert search.evaluated[-1].limit >= 0.05
+
+
+def test_when_nothing_keeps_the_budget() -> None:
+    search = Landscape(1.0, 30.0)
+    search.damage_of = lambda limit: 1.0  # type: ignore[method-assign]
+    assert search.found() == []
+    assert min(e.limit for e in search.evaluated) >= LEAST_LIMIT
+
+
+def test_less_than_half_an_image_is_nothing() -> None:
+    assert Landscape(0.0, 30.0).found()

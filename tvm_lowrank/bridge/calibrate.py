@@ -1,0 +1,180 @@
+"""Statistics of every site, gathered by running calibration images through the torch bridge."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tvm_lowrank.bridge.torch_bridge import TorchBridge
+from tvm_lowrank.bridge.torch_nn import chain
+from tvm_lowrank.graph import Site
+from tvm_lowrank.methods import Chain, ConvSpec, Moments, Pair
+
+BATCH_PIXELS = 1_600_000  # of a batch: a hundred images of 126x126, or 31 of 224x224
+BLOCK = 1024  # rows of a covariance that are summed at once, and no further to the left than the diagonal needs
+POSITIONS = 32  # output positions an image and site; 300 columns are already near convergence
+
+
+def sample_positions(site: str, first: int, count: int, size: Pair, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Uniform output positions, (rows, columns) of (count, k) each, for the images number first, first + 1, …
+
+    They depend on nothing but the arguments, so that two runs over the same batches look at the same positions.
+    """
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{site}/{first}/{seed}".encode()))
+    height, width = size
+    draws = min(POSITIONS, height * width)
+    order = torch.rand(count, height * width, generator=generator).argsort(dim=1)[:, :draws]
+    return order // width, order % width
+
+
+def sample_columns(x: Tensor, spec: ConvSpec, rows: Tensor, cols: Tensor) -> Tensor:
+    """The columns that a convolution multiplies at some output positions.
+
+    ``x`` is (n, C, H, W); ``rows`` and ``cols`` are (n, k) output positions of each image. Returns (g, n*k, D) with D
+    in the order of an OIHW kernel's last three axes. Zero padding is part of a column.
+    """
+    top, left, bottom, right = spec.padding
+    padded = F.pad(x, (left, right, top, bottom))
+    height, width = spec.kernel
+    down = rows[:, :, None, None] * spec.strides[0] + torch.arange(height).view(1, 1, -1, 1) * spec.dilation[0]
+    across = cols[:, :, None, None] * spec.strides[1] + torch.arange(width).view(1, 1, 1, -1) * spec.dilation[1]
+    image = torch.arange(len(x)).view(-1, 1, 1, 1)
+    picked = padded.permute(0, 2, 3, 1)[image, down, across]  # n, k, kh, kw, C
+    n, k = rows.shape
+    grouped = picked.reshape(n * k, height, width, spec.groups, -1).permute(3, 0, 4, 1, 2)
+    return grouped.reshape(spec.groups, n * k, -1)
+
+
+def sample_values(values: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    """The values of (n, C, H, W) at the (n, k) positions of each image: (n*k, C)."""
+    return values.permute(0, 2, 3, 1)[torch.arange(len(values)).view(-1, 1), rows, cols].flatten(0, 1)
+
+
+@torch.no_grad()
+def collect_moments(
+    bridge: TorchBridge,
+    sites: Sequence[Site],
+    images: np.ndarray,
+    *,
+    seed: int = 0,
+    advance: Callable[[int], object] = lambda done: None,
+) -> dict[str, Moments]:
+    """Mean and covariance of the input columns of each site over calibration images.
+
+    Parameters
+    ----------
+    images : float32 NCHW.
+    advance : called with the number of images done after each batch.
+    """
+    wanted = {site.id: site for site in sites}
+    counts = dict.fromkeys(wanted, 0)
+    sums: dict[str, Tensor] = {}
+    products: dict[str, Tensor] = {}
+    start = 0
+
+    def tap(name: str, inputs: Tensor, outputs: Tensor) -> None:
+        if name not in wanted:
+            return
+        rows, cols = sample_positions(name, start, len(inputs), (outputs.shape[2], outputs.shape[3]), seed)
+        columns = sample_columns(inputs, wanted[name].spec, rows, cols)
+        if name not in sums:
+            groups, _, size = columns.shape
+            sums[name] = torch.zeros(groups, size, dtype=torch.float64)
+            products[name] = torch.zeros(groups, size, size)
+        counts[name] += columns.shape[1]
+        sums[name] += columns.double().sum(dim=1)
+        _add_products(products[name], columns)
+
+    for start, chunk in batches(images):  # noqa: B007 - the tap reads it
+        bridge(chunk, tap=tap)
+        advance(len(chunk))
+    moments = {}
+    for name, count in counts.items():
+        mean = (sums[name] / count).numpy()
+        upper = np.triu(products.pop(name).numpy()).astype(np.float64) / count
+        covariance = upper + np.triu(upper, 1).swapaxes(1, 2) - mean[:, :, None] * mean[:, None, :]
+        moments[name] = Moments(mean, covariance)
+    return moments
+
+
+def _add_products(sums: Tensor, columns: Tensor) -> None:
+    """Add the products of (g, n, D) columns to the upper triangles of (g, D, D), and in part to what is below them.
+
+    In place, in single precision: a covariance may have a hundred megabytes, which take as long as the arithmetic.
+    """
+    for total, own in zip(sums, columns, strict=True):
+        for row in range(0, len(total), BLOCK):
+            total[row : row + BLOCK, row:].addmm_(own[:, row : row + BLOCK].T, own[:, row:])
+
+
+def collect_fisher(
+    bridge: TorchBridge,
+    sites: Sequence[Site],
+    images: np.ndarray,
+    *,
+    seed: int = 0,
+    advance: Callable[[int], object] = lambda done: None,
+) -> dict[str, np.ndarray]:
+    """Fisher information of the outputs of each site, (N, N): per image, summed over output positions.
+
+    Class scores (n, classes) are taken as logits, and the classes are drawn from the network's own probabilities: no
+    labels are used. Any other output counts as the mean of a Gaussian of variance 1.
+
+    Parameters
+    ----------
+    images : float32 NCHW.
+    advance : called with the number of images done after each batch.
+    """
+    wanted = {site.id for site in sites}
+    generator = torch.Generator().manual_seed(seed)
+    sums: dict[str, Tensor] = {}
+    for _, chunk in batches(images):
+        chunk.requires_grad_(True)
+        outputs: dict[str, Tensor] = {}
+
+        def tap(name: str, _: Tensor, output: Tensor, outputs: dict[str, Tensor] = outputs) -> None:
+            if name in wanted:
+                outputs[name] = output
+
+        answer = bridge(chunk, tap=tap)
+        if answer.dim() == 2:
+            classes = torch.multinomial(answer.detach().softmax(dim=1), 1, generator=generator)[:, 0]
+            loss = F.cross_entropy(answer, classes, reduction="sum")
+        else:
+            loss = (answer * torch.randn(answer.shape, generator=generator)).sum()
+        for name, gradient in zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True):
+            product = torch.einsum("nchw,ndhw->cd", gradient, gradient).double()
+            sums[name] = sums[name] + product if name in sums else product
+        advance(len(chunk))
+    return {name: (total / len(images)).numpy() for name, total in sums.items()}
+
+
+@torch.no_grad()
+def predict(bridge: TorchBridge, images: np.ndarray) -> np.ndarray:
+    """The network's outputs for float32 NCHW images, in one array."""
+    return np.concatenate([bridge(chunk).numpy() for _, chunk in batches(images)])
+
+
+@torch.no_grad()
+def predict_each(bridge: TorchBridge, images: np.ndarray, site: str, chains: Sequence[Chain]) -> list[np.ndarray]:
+    """The outputs with each of these chains in the place of a site; what comes before it is computed once."""
+    instead = [chain(own.convs, own.bias_correction) for own in chains]
+    parts = [bridge.forked(chunk, site, instead) for _, chunk in batches(images)]
+    return [np.concatenate([part[i].numpy() for part in parts]) for i in range(len(chains))]
+
+
+def batches(images: np.ndarray) -> Iterator[tuple[int, Tensor]]:
+    """Images in batches that need a moderate amount of memory, each with the number of its first image."""
+    count = batch_of(images)
+    for start in range(0, len(images), count):
+        yield start, torch.from_numpy(images[start : start + count])
+
+
+def batch_of(images: np.ndarray) -> int:
+    """How many images (n, C, H, W) to compute at once: 100, or fewer large ones."""
+    return int(np.clip(BATCH_PIXELS // (images.shape[2] * images.shape[3]), 4, 100))

@@ -1,0 +1,325 @@
+"""Run a canonical Relax function in PyTorch, differentiably, and write trained parameters back."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import tvm
+from torch import Tensor, nn
+from tvm import relax, tirx
+from tvm.ir import Call, GenericConst, IRModule, Tuple, TupleGetItem
+
+from tvm_lowrank.bridge.torch_nn import OPERATORS
+from tvm_lowrank.bridge.torch_ops import Compute
+from tvm_lowrank.errors import UserError
+from tvm_lowrank.graph import bias_adds, bindings, is_site
+
+Tap = Callable[[str, Tensor, Tensor], None]
+Watch = Sequence[tuple[relax.Var, Callable[[Tensor], None]]]
+Dims = dict[str, int]
+Evaluate = Callable[[list[Any], dict[str, Tensor], Dims], Any]
+
+_ARITHMETIC: dict[Any, Callable[[Any, Any], Any]] = {
+    tirx.Add: operator.add,
+    tirx.Sub: operator.sub,
+    tirx.Mul: operator.mul,
+    tirx.FloorDiv: operator.floordiv,
+    tirx.FloorMod: operator.mod,
+    tirx.Div: operator.floordiv,
+    tirx.Mod: operator.mod,
+    tirx.Max: max,
+    tirx.Min: min,
+}
+_CREATION = {"relax.zeros", "relax.ones", "relax.arange"}
+
+
+@dataclass(frozen=True)
+class SiteParameters:
+    """The parameters of a site: weight (OIHW) and bias ((1, N, 1, 1)), None where the site has none."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+
+@dataclass(frozen=True)
+class _Step:
+    compute: Compute | None  # None: the value of the single argument
+    args: tuple[Evaluate, ...]
+    out: int
+    site: str | None
+    free: tuple[int, ...]  # slots that nothing after this step reads
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One run of the function: the values of its symbolic dimensions, and its constants."""
+
+    dims: Dims
+    constants: dict[str, Any]
+
+    def step(self, step: _Step, env: list[Any]) -> tuple[list[Any], Any]:
+        """Do a step in an environment, the values by slot; returns its arguments and its value."""
+        args = [evaluate(env, self.constants, self.dims) for evaluate in step.args]
+        value = args[0] if step.compute is None else step.compute(*args)
+        env[step.out] = value
+        for slot in step.free:
+            env[slot] = None
+        return args, value
+
+
+class TorchBridge(nn.Module):
+    """A canonical Relax function as a PyTorch module, at any batch size.
+
+    Every float constant of one dimension or more is an `nn.Parameter` (``requires_grad=False`` to begin with);
+    `site_parameters` finds those of a site. Weights are OIHW, activations NCHW; ``to(memory_format=channels_last)``
+    works.
+
+    Parameters
+    ----------
+    mod : the module that holds the function.
+    name : the function's name.
+
+    Raises
+    ------
+    UserError
+        If the function has an operator (or an attribute of one) that the bridge does not know; the message names it.
+    ValueError
+        If two sites have the same id.
+    """
+
+    def __init__(self, mod: IRModule, name: str = "main") -> None:
+        super().__init__()
+        self._mod, self._name = mod, name
+        function = mod[name]
+        self._slots: dict[relax.Var, int] = {}
+        self._input = _input_shape(function)
+        self._slots[function.params[0]] = 0
+        steps = [self._step(i, binding) for i, binding in enumerate(bindings(function))]
+        self._result = self._evaluator(function.body.body, "result")
+        self._steps = _with_frees(steps, self._reads(function))
+        self._creates = any(isinstance(b.value, Call) and str(_op(b.value)) in _CREATION for b in bindings(function))
+        self._sites = self._site_names(function)
+
+    @property
+    def function(self) -> relax.Function:
+        """The Relax function that the bridge was made from."""
+        return self._mod[self._name]
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The ids of the sites, in the order of execution."""
+        return tuple(self._sites)
+
+    def site_parameters(self, site: str) -> SiteParameters:
+        """The parameters of a site.
+
+        Raises
+        ------
+        KeyError
+            If there is no such site.
+        """
+        weight, bias = self._sites[site]
+        parameters = self._parameters
+        return SiteParameters(parameters[weight], None if bias is None else parameters[bias])  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, tap: Tap | None = None, watch: Watch = ()) -> Tensor:
+        """Run the function on a batch (NCHW, float32).
+
+        ``tap(site, input, output)`` is called at every site; ``output`` is the convolution's, before its bias.
+        ``watch`` lists variables of `function`, each with what to call as soon as it has its value.
+        """
+        watched: dict[int, list[Callable[[Tensor], None]]] = {}
+        for var, call in watch:
+            watched.setdefault(self._slots[var], []).append(call)
+        run = _Run(self._dims(x), {**self._parameters, **self._buffers})
+        env: list[Any] = [None] * len(self._slots)
+        env[0] = x
+        for call in watched.get(0, ()):
+            call(x)
+        with torch.device(x.device) if self._creates else contextlib.nullcontext():
+            for step in self._steps:
+                args, value = run.step(step, env)
+                if tap is not None and step.site is not None:
+                    tap(step.site, args[0], value)
+                for call in watched.get(step.out, ()):
+                    call(value)
+            return self._result(env, run.constants, run.dims)
+
+    def forked(self, x: Tensor, site: str, instead: Sequence[Callable[[Tensor], Tensor]]) -> list[Tensor]:
+        """The outputs with each of these functions in the place of a site's convolution, without its bias.
+
+        What comes before the site is computed once.
+
+        Raises
+        ------
+        KeyError
+            If there is no such site.
+        """
+        if site not in self._sites:
+            raise KeyError(site)
+        run = _Run(self._dims(x), {**self._parameters, **self._buffers})
+        at = next(i for i, step in enumerate(self._steps) if step.site == site)
+        env: list[Any] = [None] * len(self._slots)
+        env[0] = x
+        outputs = []
+        with torch.device(x.device) if self._creates else contextlib.nullcontext():
+            for step in self._steps[:at]:
+                run.step(step, env)
+            for compute in instead:
+                branch = list(env)
+                run.step(replace(self._steps[at], compute=lambda image, _weight, own=compute: own(image)), branch)
+                for step in self._steps[at + 1 :]:
+                    run.step(step, branch)
+                outputs.append(self._result(branch, run.constants, run.dims))
+        return outputs
+
+    def to_relax(self) -> IRModule:
+        """The module with the current parameters as the function's constants; everything else is the same."""
+        function = self._mod[self._name]
+        rewritten = [
+            relax.VarBinding(b.var, self._written_back(b.value, f"c{i}")) for i, b in enumerate(bindings(function))
+        ]
+        body = relax.SeqExpr([relax.DataflowBlock(rewritten)], self._written_back(function.body.body, "result"))
+        updated = relax.Function(function.params, body, function.ret_ty, function.is_pure, function.attrs)
+        functions = dict(self._mod.functions.items())
+        functions[self._mod.get_global_var(self._name)] = updated
+        # a SeqExpr made by hand has no type yet
+        return relax.transform.Normalize()(IRModule(functions, attrs=self._mod.attrs))
+
+    def _written_back(self, expr: relax.Expr, path: str) -> relax.Expr:
+        if isinstance(expr, GenericConst) and path in self._parameters:
+            values = self._parameters[path].detach().to("cpu", torch.float32).numpy()  # type: ignore[union-attr]
+            return relax.const(np.ascontiguousarray(values))
+        if isinstance(expr, Tuple):
+            return Tuple([self._written_back(field, f"{path}_{i}") for i, field in enumerate(expr.fields)])
+        if isinstance(expr, Call):
+            args = [self._written_back(arg, f"{path}_{i}") for i, arg in enumerate(expr.args)]
+            return Call(expr.op, args, expr.attrs, expr.ty_args, ret_ty=expr.ty)
+        return expr
+
+    def _dims(self, x: Tensor) -> Dims:
+        if len(x.shape) != len(self._input) or any(
+            isinstance(want, int) and want != got for want, got in zip(self._input, x.shape, strict=True)
+        ):
+            raise ValueError(f"the function takes input of shape {self._input}, not {tuple(x.shape)}")
+        return {want: got for want, got in zip(self._input, x.shape, strict=True) if isinstance(want, str)}
+
+    def _step(self, index: int, binding: relax.VarBinding) -> _Step:
+        value, path = binding.value, f"c{index}"
+        compute: Compute | None = None
+        if isinstance(value, Call):
+            compute = _operator(value)
+            args = tuple(self._evaluator(arg, f"{path}_{i}") for i, arg in enumerate(value.args))
+        else:
+            args = (self._evaluator(value, path),)
+        out = self._slots[binding.var] = len(self._slots)
+        return _Step(compute, args, out, binding.var.name if is_site(value) else None, ())
+
+    def _evaluator(self, expr: relax.Expr, path: str) -> Evaluate:
+        """What an argument evaluates to, as a closure over plain values (so that the module can be copied)."""
+        if isinstance(expr, relax.Var) and expr in self._slots:
+            slot = self._slots[expr]
+            return lambda env, constants, dims: env[slot]
+        if isinstance(expr, GenericConst):
+            self._add_constant(path, expr)
+            return lambda env, constants, dims: constants[path]
+        if isinstance(expr, TupleGetItem):
+            inner, index = self._evaluator(expr.tuple_value, f"{path}_0"), int(expr.index)
+            return lambda env, constants, dims: inner(env, constants, dims)[index]
+        if isinstance(expr, Tuple | relax.ShapeExpr):
+            fields = expr.fields if isinstance(expr, Tuple) else expr.values
+            parts = [self._evaluator(field, f"{path}_{i}") for i, field in enumerate(fields)]
+            return lambda env, constants, dims: tuple(part(env, constants, dims) for part in parts)
+        if isinstance(expr, tvm.ir.StringImm):
+            text = str(expr.value)
+            return lambda env, constants, dims: text
+        if isinstance(expr, relax.Var) and isinstance(expr.ty, relax.TensorType):
+            raise UserError(f"variable {expr.name!r} is not bound by a plain assignment; canonicalise the module first")
+        number = _number(expr)
+        return lambda env, constants, dims: number(dims)
+
+    def _add_constant(self, path: str, constant: GenericConst) -> None:
+        # a copy: the Relax constants must not change under training
+        tensor = torch.from_numpy(np.array(constant.value.numpy()))
+        if tensor.is_floating_point() and tensor.dim():
+            self.register_parameter(path, nn.Parameter(tensor, requires_grad=False))
+        else:
+            self.register_buffer(path, tensor)
+
+    def _site_names(self, function: relax.Function) -> dict[str, tuple[str, str | None]]:
+        order = {b.var: i for i, b in enumerate(bindings(function))}
+        adds = bias_adds(function)
+        sites: dict[str, tuple[str, str | None]] = {}
+        for binding in bindings(function):
+            if not is_site(binding.value):
+                continue
+            if binding.var.name in sites:
+                raise ValueError(f"two sites have the id {binding.var.name!r}")
+            bias = f"c{order[adds[binding.var].var]}_1" if binding.var in adds else None
+            sites[binding.var.name] = (f"c{order[binding.var]}_1", bias)
+        return sites
+
+    def _reads(self, function: relax.Function) -> list[set[int]]:
+        """The slots that each binding, and finally the result, reads."""
+        reads = []
+        for expr in [*(b.value for b in bindings(function)), function.body.body]:
+            slots: set[int] = set()
+
+            def visit(e: relax.Expr, slots: set[int] = slots) -> None:
+                if isinstance(e, relax.Var) and e in self._slots:
+                    slots.add(self._slots[e])
+
+            relax.analysis.post_order_visit(expr, visit)
+            reads.append(slots)
+        return reads
+
+
+def _with_frees(steps: list[_Step], reads: list[set[int]]) -> list[_Step]:
+    last: dict[int, int] = {}
+    for i, slots in enumerate(reads):
+        last.update(dict.fromkeys(slots, i))
+    frees: list[list[int]] = [[] for _ in reads]
+    for slot, i in last.items():
+        frees[i].append(slot)
+    return [_Step(s.compute, s.args, s.out, s.site, tuple(f)) for s, f in zip(steps, frees[:-1], strict=True)]
+
+
+def _input_shape(function: relax.Function) -> tuple[int | str, ...]:
+    if len(function.params) != 1:
+        raise UserError(f"the function takes {len(function.params)} inputs; only models with one input are supported")
+    return tuple(int(d) if isinstance(d, tirx.IntImm) else str(d.name) for d in function.params[0].ty.shape)
+
+
+def _op(call: Call) -> str:
+    return str(getattr(call.op, "name", None) or getattr(call.op, "name_hint", None) or call.op)
+
+
+def _operator(call: Call) -> Compute:
+    name = _op(call)
+    if name == "relax.call_tir":
+        raise UserError(f"kernel {call.args[0].name_hint!r} has no PyTorch form; re-export the model without it")
+    if name not in OPERATORS:
+        raise UserError(f"operator {name!r} is not supported by the PyTorch bridge; re-export the model without it")
+    return OPERATORS[name](call.attrs)
+
+
+def _number(expr: relax.Expr) -> Callable[[Dims], Any]:
+    """A shape expression or scalar literal as a function of the symbolic dimensions."""
+    if isinstance(expr, tirx.IntImm | tirx.FloatImm):
+        literal = expr.value
+        return lambda dims: literal
+    if isinstance(expr, relax.Var):
+        name = str(expr.name)
+        return lambda dims: dims[name]
+    if type(expr) in _ARITHMETIC:
+        compute, a, b = _ARITHMETIC[type(expr)], _number(expr.a), _number(expr.b)
+        return lambda dims: compute(a(dims), b(dims))
+    if isinstance(expr, tirx.Cast):
+        return _number(expr.value)
+    raise UserError(f"expression {expr} is not supported by the PyTorch bridge; re-export the model without it")

@@ -1,0 +1,57 @@
+"""The compressed network for other tools: ``model.pt2`` (torch.export) and ``model.onnx``, with any batch size.
+
+Both are what `TorchBridge` computes, which the compiled library was found to agree with: the weights are those after
+recovery, the input is ``x`` (float32 NCHW), the output ``output``.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+
+import torch
+from tvm.ir import IRModule
+
+from tvm_lowrank import console
+from tvm_lowrank.bridge.torch_bridge import TorchBridge
+from tvm_lowrank.bundle.bundle import PORTABLE
+from tvm_lowrank.data.reference import summary
+from tvm_lowrank.files import replaced
+
+PT2, ONNX = PORTABLE
+
+
+def write_portable(mod: IRModule, folder: Path) -> None:
+    """Write a canonical module to both files; a warning instead of a file that its format has no form for.
+
+    Raises
+    ------
+    UserError
+        If a file cannot be written.
+    """
+    bridge = TorchBridge(mod).eval().requires_grad_(False)
+    channels, height, width = (int(d) for d in list(mod["main"].params[0].ty.shape)[1:])
+    exporter = logging.getLogger("torch.onnx")
+    level, unwritten = exporter.level, list(PORTABLE)
+    try:
+        exporter.setLevel(logging.ERROR)  # it tells which packages it could use are not there
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            x = torch.zeros(2, channels, height, width)  # 1 would be taken for a constant
+            program = torch.export.export(bridge, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+            with replaced(folder / PT2) as file:
+                torch.export.save(program, file)
+            unwritten.remove(PT2)
+            exported = torch.onnx.export(program, input_names=["x"], output_names=["output"], verbose=False)
+            assert exported is not None  # without a file to write to
+            with replaced(folder / ONNX) as file:
+                file.write(exported.model_proto.SerializeToString())
+            unwritten.remove(ONNX)
+    # the exporters have exceptions of their own for what they cannot express; the libraries are what is delivered
+    except (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError) as error:
+        console.warn(f"the bundle has no {' and no '.join(unwritten)}: {summary(error)}")
+        for name in unwritten:
+            (folder / name).unlink(missing_ok=True)
+    finally:
+        exporter.setLevel(level)

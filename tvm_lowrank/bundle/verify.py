@@ -1,0 +1,234 @@
+"""What a bundle claims: repeat its accuracy, and print its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tvm_lowrank.bundle.bundle import CompiledModel, Which, evaluate, library, read_manifest
+from tvm_lowrank.console import phase, table
+from tvm_lowrank.data.metric import accuracy, load_metric, paired_drop
+from tvm_lowrank.data.splits import IN_MEMORY, Stats, fingerprint, load_data
+from tvm_lowrank.errors import UserError
+
+# a point is 0.01 of the images: this is far less than one image
+TOLERANCE = 1e-6
+OpenModel = Callable[[Path, tuple[int, int, int, int]], Callable[[np.ndarray], np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Accuracies in percent, the drop in points; ``stated`` is the manifest's ``accuracy``.
+
+    ``ok``: on the manifest's images the figures are the manifest's; on others the drop is within the budget.
+    ``verdict`` says which, in one line.
+    """
+
+    dense: float
+    compressed: float
+    drop: float
+    ci95: tuple[float, float]
+    n: int
+    stated: Mapping[str, Any]
+    ok: bool
+    verdict: str
+
+
+def verify(
+    directory: Path,
+    *,
+    data: str | Path | Mapping[str, Any] | None = None,
+    mean: Stats = None,
+    std: Stats = None,
+    open_model: OpenModel = CompiledModel,
+    chunk: int = 64,
+    limit: int | None = None,
+) -> Verification:
+    """Measure the accuracy of a bundle's two libraries again.
+
+    Parameters
+    ----------
+    data : None repeats it on the data that the manifest names, with its mean and standard deviation.
+    open_model : makes a function of any number of images of a library and its input shape (N, C, H, W); for a device
+        that is not this machine, see `tvm_lowrank.searching.measure.device`.
+    chunk : images that such a function is given at once.
+    limit : look at so many images only.
+
+    Raises
+    ------
+    UserError
+        If the bundle or the data cannot be read.
+    """
+    manifest = read_manifest(directory)
+    stated = manifest["accuracy"]
+    if stated is None:
+        raise UserError(f"{directory} was made without data, so it states no accuracy; decompose again with --data")
+    repeat = data is None
+    if data is None:
+        data, mean, std = (manifest["data"][key] for key in ("source", "mean", "std"))
+        if data == IN_MEMORY:
+            raise UserError(f"the data of {directory} was given in memory; name it with --data")
+    batch, channels, height, width = manifest["input_shape"]
+    splits = load_data(data, input_shape=(channels, height, width), mean=mean, std=std)
+    metric = load_metric(stated["metric"])
+    images, labels = (part[:limit] for part in splits.evaluation)
+    phase(f"accuracy of both libraries on {len(images)} images of {splits.name}")
+
+    def judged(which: Which) -> np.ndarray:
+        model = open_model(library(directory, manifest, which), (batch, channels, height, width))
+        return evaluate(model, images, labels, metric, description=f"{which}.so", chunk=chunk)
+
+    dense, compressed = judged("dense"), judged("model")
+    drop, ci95 = paired_drop(dense, compressed)
+    same_data = fingerprint(splits.evaluation) == manifest["data"]["evaluation_sha256"]
+    measured = {"dense": accuracy(dense), "compressed": accuracy(compressed), "drop": drop}
+    if same_data and len(images) == stated["n"]:
+        ok = all(abs(measured[key] - stated[key]) <= TOLERANCE for key in measured)
+        verdict = f"the accuracy is {'' if ok else 'NOT '}that of the manifest"
+    elif repeat and not same_data:
+        ok, verdict = False, f"the images or labels of {splits.name} have CHANGED since the search"
+    else:
+        budget = manifest["budget"]
+        ok = budget is None or drop <= budget
+        within = "not bounded by a budget" if budget is None else f"{'' if ok else 'NOT '}within {budget:g} points"
+        verdict = f"on these {'first' if same_data else 'other'} images the drop is {within}"
+    return Verification(**measured, ci95=ci95, n=len(images), stated=stated, ok=ok, verdict=verdict)
+
+
+def print_verification(result: Verification) -> None:
+    """The accuracies of the manifest and those measured now, and in one line what follows."""
+    stated = result.stated
+    table(
+        f"accuracy ({stated['metric']}, %)",
+        ("", "images", "dense", "compressed", "drop", "95% interval"),
+        [
+            (
+                "manifest",
+                *_accuracy(stated["n"], stated["dense"], stated["compressed"], stated["drop"], stated["ci95"]),
+            ),
+            ("now", *_accuracy(result.n, result.dense, result.compressed, result.drop, result.ci95)),
+        ],
+    )
+    print(result.verdict)
+
+
+def print_manifest(manifest: Mapping[str, Any]) -> None:
+    """A bundle's figures as tables: every site, the latency, the accuracy."""
+    how = manifest["latency_ms"]["how"]
+    table(
+        f"sites (times {how})",
+        ("site", "became", "rank", "MACs", "of dense", "ms", "dense ms", "why"),
+        [
+            (
+                site["id"],
+                site["method"],
+                "" if site["rank"] is None else site["rank"],
+                f"{site['macs'] / 1e6:.1f} M",
+                f"{site['macs'] / site['dense_macs']:.2f}",
+                _ms(site["ms"]),
+                _ms(site["dense_ms"]),
+                site["reason"],
+            )
+            for site in manifest["sites"]
+        ],
+    )
+    print_latency(manifest["latency_ms"], manifest["speedup"])
+    if "max_latency_ms" in manifest:
+        print(f"limit of the latency: {manifest['max_latency_ms']:g} ms")
+    if "seconds" in manifest:
+        table("time spent", ("phase", "s"), [(name, f"{value:.0f}") for name, value in manifest["seconds"].items()])
+    a = manifest["accuracy"]
+    if a is None:
+        damage = manifest.get("predicted_damage")
+        print("accuracy was not measured: no data" + (f"; predicted damage {damage:.4f} nats" if damage else ""))
+        return
+    table(
+        f"accuracy ({a['metric']}, %), evaluation split, looked at {a['looks']} time{'s' if a['looks'] != 1 else ''}",
+        ("images", "dense", "compressed", "drop", "95% interval"),
+        [_accuracy(a["n"], a["dense"], a["compressed"], a["drop"], a["ci95"])],
+    )
+    if a["on_device"] < a["n"]:
+        print(f"{a['on_device']} of the images ran on the device; PyTorch, which agrees with it, computed the others")
+
+
+def print_comparison(manifests: Mapping[str, Mapping[str, Any]]) -> None:
+    """Bundles side by side; their times compare only where target, threads and batch are the same."""
+    columns = ["", *manifests]
+    rows = [
+        ("target", *(f"{m['target']['name']}, {m['target'].get('mcpu', '')}" for m in manifests.values())),
+        ("threads, batch", *(f"{m['latency_ms']['threads']}, {m['latency_ms']['batch']}" for m in manifests.values())),
+        ("ms dense", *(_ms(m["latency_ms"]["dense"]["median"]) for m in manifests.values())),
+        ("ms compressed", *(_ms(m["latency_ms"]["compressed"]["median"]) for m in manifests.values())),
+        ("speed-up", *(f"{m['speedup']:.2f}" for m in manifests.values())),
+        ("accuracy dense", *(_percent(m["accuracy"], "dense") for m in manifests.values())),
+        ("accuracy compressed", *(_percent(m["accuracy"], "compressed") for m in manifests.values())),
+        ("drop", *(_percent(m["accuracy"], "drop") for m in manifests.values())),
+        ("MACs", *(f"{sum(site['macs'] for site in m['sites']) / 1e6:.1f} M" for m in manifests.values())),
+    ]
+    table("", columns, rows)
+    names = dict.fromkeys(site["id"] for m in manifests.values() for site in m["sites"])
+    found = [{site["id"]: site for site in m["sites"]} for m in manifests.values()]
+    table("layers", ["layer", *manifests], [(name, *(_became(own.get(name)) for own in found)) for name in names])
+
+
+def _percent(accuracy: Mapping[str, Any] | None, key: str) -> str:
+    return "–" if accuracy is None else f"{accuracy[key]:.2f}"
+
+
+def _became(site: Mapping[str, Any] | None) -> str:
+    if site is None:
+        return "–"
+    rank = "" if site["rank"] is None else f" {site['rank']}"
+    return f"{site['method']}{rank}, {_ms(site['ms'])} ms"
+
+
+def print_frontier(frontier: Mapping[str, Any]) -> None:
+    """The bundles of a `frontier.json` as a table: latency, drops in points, MACs."""
+    dense, looks = frontier["dense"], frontier["looks"]
+    threads, batch = frontier["threads"], frontier["batch"]
+    table(
+        f"frontier (ms {frontier['how']}, {threads} thread{'s' if threads != 1 else ''}, batch {batch}; "
+        f"{frontier['metric']}, {frontier['images']} evaluation images, "
+        f"looked at {looks} time{'s' if looks != 1 else ''} in all)",
+        ("bundle", "ms", "speed-up", "drop on selection", "on evaluation", "95% interval", "MACs"),
+        [
+            ("dense", _ms(dense["ms"]), "1.00", "", "", "", f"{dense['macs'] / 1e6:.1f} M"),
+            *(
+                (
+                    row["bundle"],
+                    _ms(row["ms"]),
+                    f"{row['speedup']:.2f}",
+                    f"{row['selection_drop']:+.2f}",
+                    f"{row['drop']:+.2f}",
+                    f"{row['ci95'][0]:+.2f} to {row['ci95'][1]:+.2f}",
+                    f"{row['macs'] / 1e6:.1f} M",
+                )
+                for row in frontier["bundles"]
+            ),
+        ],
+    )
+
+
+def print_latency(latency_ms: Mapping[str, Any], speedup: float) -> None:
+    """A table of the manifest's ``latency_ms`` (milliseconds per call)."""
+    threads, batch = latency_ms["threads"], latency_ms["batch"]
+    table(
+        f"latency ({latency_ms['how']}, {threads} thread{'s' if threads != 1 else ''}, batch {batch})",
+        ("", "median ms", "10 %", "90 %", "speed-up"),
+        [
+            (name, *(_ms(latency_ms[name][key]) for key in ("median", "p10", "p90")), ratio)
+            for name, ratio in (("dense", ""), ("compressed", f"{speedup:.2f}"))
+        ],
+    )
+
+
+def _accuracy(n: int, dense: float, compressed: float, drop: float, ci95: tuple[float, float]) -> tuple[str, ...]:
+    return (str(n), f"{dense:.2f}", f"{compressed:.2f}", f"{drop:+.2f}", f"{ci95[0]:+.2f} to {ci95[1]:+.2f}")
+
+
+def _ms(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"

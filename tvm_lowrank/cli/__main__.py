@@ -1,0 +1,3 @@
+from tvm_lowrank.cli.app import main
+
+main()

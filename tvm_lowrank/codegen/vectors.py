@@ -1,0 +1,166 @@
+"""How convolutions in NHWC are lowered so that the channels of their outputs fill the vectors.
+
+The schedule template vectorises the output channels, as many of them as read the same inputs. Where that is no multiple
+of the lanes, channels are added; where a group has only a few, the groups are interleaved.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax, te, topi
+from tvm.ir import GenericConst, IRModule, Op
+from tvm.relax.analysis import free_vars
+from tvm.relax.expr_functor import PyExprMutator, mutator
+
+from tvm_lowrank.codegen.schedule import INTERLEAVED, largest_divisor
+
+CONV2D = Op.get("relax.nn.conv2d")
+FUSES_ELEMENTWISE = 4  # OpPatternKind kOutEWiseFusable
+
+
+def computed_channels(channels: int, groups: int, lanes: int) -> int:
+    """How many output channels the kernel of a convolution computes.
+
+    They are padded to full vectors, unless their longest divisor up to ``lanes`` fills the vectors as well.
+    """
+    full = -(-channels // lanes) * lanes
+    return full if groups == 1 and channels * lanes > full * largest_divisor(channels, lanes) else channels
+
+
+def conv2d(lanes: int) -> Callable[[relax.BlockBuilder, relax.Call], relax.Expr]:
+    """The legalisation of conv2d: TVM's, but with output channels padded to full vectors where that pays."""
+
+    def legalise(builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+        data, weight = call.args
+        channels = int(weight.ty.shape[-1])  # HWIO
+        missing = computed_channels(channels, int(call.attrs.groups), lanes) - channels
+        if not missing or not _is_plain(call):
+            return CONV2D.get_attr("FLegalize")(builder, call)
+        padded = _constant(np.pad(weight.value.numpy(), [(0, 0)] * 3 + [(0, missing)]))
+
+        def compute(x: te.Tensor, kernel: te.Tensor) -> te.Tensor:
+            conv = topi.nn.conv2d(x, kernel, **_geometry(call), data_layout="NHWC", kernel_layout="HWIO")
+            return te.compute((*conv.shape[:-1], channels), lambda *index: conv[index], name="valid")
+
+        return _call(builder, compute, data, padded)
+
+    return legalise
+
+
+@tvm.transform.module_pass(opt_level=0, name="VectoriseGroups")
+def vectorise_groups(mod: IRModule, _context: tvm.transform.PassContext) -> IRModule:
+    """Interleave the groups of depthwise convolutions with a multiplier, and of those that add filtered channels up.
+
+    There the channels of a group lie beside each other, and a vector would hold those few only. Where the other
+    convolution of a chain may read or write its channels in any order, both are changed to one in which neighbours
+    belong to different groups.
+    """
+    changes = _changes(mod["main"])
+    if not changes:
+        return mod
+    rewriter = _Interleaver(mod, changes)
+    function = rewriter.visit_expr(mod["main"])
+    changed = rewriter.builder_.get()
+    changed.update_func(changed.get_global_var("main"), function)
+    return changed
+
+
+@dataclass(frozen=True, eq=False)
+class _Change:
+    """What becomes of a convolution: its new weights (HWIO), and whether its groups are interleaved."""
+
+    weight: np.ndarray
+    interleaved: bool
+
+
+def _changes(function: relax.Function) -> dict[relax.Call, _Change]:
+    """What becomes of the convolutions of the pairs between which the order of the channels is free."""
+    bindings = [binding for block in function.body.blocks for binding in block.bindings]
+    calls = {binding.var: binding.value for binding in bindings if isinstance(binding.value, relax.Call)}
+    # a tuple, such as the operands of a concatenation, and the result are uses as well
+    values = [*(binding.value for binding in bindings), function.body.body]
+    uses = Counter(var for value in values for var in free_vars(value))
+    changes: dict[relax.Call, _Change] = {}
+    for second in calls.values():
+        first = calls.get(second.args[0]) if _is_plain(second) else None
+        if first is None or not _is_plain(first) or uses[second.args[0]] > 1 or first in changes:
+            continue
+        groups, next_groups = (int(call.attrs.groups) for call in (first, second))
+        weight, next_weight = (call.args[1].value.numpy() for call in (first, second))
+        inside, outside = weight.shape[2:]
+        next_inside, next_outside = next_weight.shape[2:]
+        if inside == 1 < groups < outside and next_groups == 1:
+            changes[first] = _Change(_interleave(weight, 3, groups), interleaved=True)
+            changes[second] = _Change(_interleave(next_weight, 2, groups), interleaved=False)
+        elif groups == 1 < next_groups == next_outside and next_inside > 1:
+            changes[first] = _Change(_interleave(weight, 3, next_groups), interleaved=False)
+            changes[second] = _Change(next_weight, interleaved=True)
+    return changes
+
+
+def _interleave(weight: np.ndarray, axis: int, groups: int) -> np.ndarray:
+    """Channels on an axis from (group, member) to (member, group)."""
+    before, after = weight.shape[:axis], weight.shape[axis + 1 :]
+    members = weight.reshape(*before, groups, -1, *after)
+    return np.swapaxes(members, axis, axis + 1).reshape(weight.shape)
+
+
+@mutator
+class _Interleaver(PyExprMutator):
+    def __init__(self, mod: IRModule, changes: Mapping[relax.Call, _Change]) -> None:
+        super().__init__(mod)
+        self.changes = changes
+
+    def visit_call_(self, op: relax.Call) -> relax.Expr:
+        call = super().visit_call_(op)
+        change = self.changes.get(op)
+        if change is None:
+            return call
+        weight = _constant(change.weight)
+        if not change.interleaved:
+            return relax.Call(call.op, [call.args[0], weight], call.attrs)
+        return _call(self.builder_, partial(_interleaved, call), call.args[0], weight)
+
+
+def _interleaved(call: relax.Call, x: te.Tensor, weight: te.Tensor) -> te.Tensor:
+    """Grouped convolution in which channel c, of the input and of the output, belongs to group c modulo the groups."""
+    groups, geometry = int(call.attrs.groups), _geometry(call)
+    (stride, column_stride), (dilation, column_dilation) = geometry["strides"], geometry["dilation"]
+    top, left, bottom, right = geometry["padding"]
+    padded = topi.nn.pad(x, (0, top, left, 0), (0, bottom, right, 0), name="pad_temp")
+    rows, columns, members = (te.reduce_axis((0, weight.shape[axis])) for axis in range(3))
+
+    def output(n: Any, h: Any, w: Any, c: Any) -> Any:
+        row, column = h * stride + rows * dilation, w * column_stride + columns * column_dilation
+        value = padded[n, row, column, members * groups + c % groups]
+        return te.sum(value * weight[rows, columns, members, c], axis=[rows, columns, members])
+
+    shape = [int(extent) for extent in call.ty.shape]
+    return te.compute(shape, output, name=INTERLEAVED)
+
+
+def _is_plain(call: relax.Call) -> bool:
+    """Whether this is a convolution in NHWC with constant weights in HWIO."""
+    return call.op == CONV2D and call.attrs.data_layout == "NHWC" and isinstance(call.args[1], GenericConst)
+
+
+def _geometry(call: relax.Call) -> dict[str, list[int]]:
+    return {name: [int(v) for v in call.attrs[name]] for name in ("strides", "padding", "dilation")}
+
+
+def _constant(array: np.ndarray) -> GenericConst:
+    return relax.const(np.ascontiguousarray(array), str(array.dtype))
+
+
+def _call(
+    builder: relax.BlockBuilder, compute: Callable[..., te.Tensor], data: relax.Expr, weight: GenericConst
+) -> relax.Expr:
+    attributes = {"op_pattern": FUSES_ELEMENTWISE}
+    return builder.call_te(compute, data, weight, primfunc_name_hint="conv2d", primfunc_attrs=attributes)

@@ -1,0 +1,298 @@
+"""Torch modules and exported programs to the canonical Relax function."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import io
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from tvm import relax
+from tvm.ir import IRModule
+from tvm.relax.frontend.torch import from_exported_program
+
+from tvm_lowrank.bridge.torch_bridge import TorchBridge
+from tvm_lowrank.errors import UserError
+from tvm_lowrank.importers.canonical import canonicalise, condense
+from tvm_lowrank.importers.linear import weight_digest
+
+T = TypeVar("T")
+
+# torch.export fixes dimensions of size 1 at that size, so the batch of the example must not be 1
+_EXAMPLE_BATCH = 2
+_TOLERANCE = 1e-3
+
+
+def from_module(model: nn.Module, input_shape: tuple[int, ...]) -> IRModule:
+    """The canonical Relax module of a torch module for inputs of (N, C, H, W).
+
+    The module is used in evaluation mode and put back into the mode that it was in.
+
+    Raises
+    ------
+    UserError
+        See `tvm_lowrank.importers.importer.import_model`.
+    """
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if dtypes - {torch.float32}:
+        raise UserError(f"the model's parameters are {_names(dtypes)}, not float32; call float() on it")
+    if any(p.device.type != "cpu" for p in model.parameters()):
+        model = copy.deepcopy(model).cpu()
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        return _imported(_exported(model, _random(input_shape)), input_shape)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def from_pt2(path: Path, input_shape: tuple[int, ...] | None) -> IRModule:
+    """The canonical Relax module of a file that `torch.export.save` wrote.
+
+    Raises
+    ------
+    UserError
+        See `tvm_lowrank.importers.importer.import_model`.
+    """
+    program = quietly(
+        lambda: torch.export.load(path),
+        lambda error: f"cannot load {path}: {condense(error)}; write it with torch.export.save",
+    )
+    return _imported(program, input_shape)
+
+
+def _exported(model: nn.Module, x: Tensor) -> ExportedProgram:
+    shape = "x".join(map(str, x.shape))
+    with torch.no_grad():
+        output = quietly(
+            lambda: model(x),
+            lambda e: f"the model does not take input of shape {shape}: {condense(e)}; check the input shape",
+        )
+        _single_output(output)
+        try:
+            batch = torch.export.Dim("batch")
+            with quiet():
+                return torch.export.export(model, (x,), dynamic_shapes=({0: batch},), strict=False)
+        except Exception:
+            # the model's code fixes the batch; `canonicalise` frees it again where that is possible
+            return quietly(
+                lambda: torch.export.export(model, (x,), strict=False),
+                lambda e: f"torch.export cannot export the model: {condense(e)}; see torch.export's documentation",
+            )
+
+
+def _imported(program: ExportedProgram, input_shape: tuple[int, ...] | None) -> IRModule:
+    _check_inputs(program, input_shape)
+
+    def decompose_and_import() -> tuple[ExportedProgram, IRModule]:
+        # without decompositions TVM's frontend reads batch_norm's arguments wrongly (eps from momentum's place)
+        decomposed = program.run_decompositions(_decompositions())
+        mod = from_exported_program(
+            decomposed,
+            unwrap_unit_return_tuple=True,
+            run_ep_decomposition=False,
+            custom_convert_map=_CONVERTERS,
+        )
+        return decomposed, mod
+
+    decomposed, mod = quietly(decompose_and_import, _unsupported)
+    result = canonicalise(mod, _conv_ids(decomposed), _linear_ids(decomposed))
+    _check_same(program, result)
+    return result
+
+
+def _decompositions() -> Any:
+    """The default decompositions but those of activations, which are slow to trace and hide what they were."""
+    table = torch.export.default_decompositions()
+    for name in ("elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "relu6", "silu"):
+        for variant in (name, f"{name}_"):
+            packet = getattr(torch.ops.aten, variant, None)
+            if packet is not None:
+                table.pop(packet.default, None)
+    return table
+
+
+def _check_inputs(program: ExportedProgram, input_shape: tuple[int, ...] | None) -> None:
+    users = [s.arg.name for s in program.graph_signature.input_specs if s.kind is InputKind.USER_INPUT]
+    if len(users) != 1:
+        raise UserError(f"the model has {len(users)} inputs ({', '.join(users)}); only one image input is supported")
+    outputs = program.graph_signature.user_outputs
+    if len(outputs) != 1:
+        raise UserError(f"the model returns {len(outputs)} tensors; wrap it so that it returns the one that matters")
+    value = next(n.meta["val"] for n in program.graph.nodes if n.op == "placeholder" and n.name == users[0])
+    if value.dtype != torch.float32:
+        raise UserError(f"input {users[0]!r} is {_names({value.dtype})}, not float32; export the model in float32")
+    if input_shape is not None and [str(d) for d in value.shape[1:]] != [str(d) for d in input_shape[1:]]:
+        given, has = "x".join(map(str, input_shape[1:])), "x".join(map(str, value.shape[1:]))
+        raise UserError(f"the program was exported for images of {has}, not {given}; leave the input shape out")
+
+
+def _check_same(program: ExportedProgram, mod: IRModule) -> None:
+    """Compare the import with the program on one random batch: a wrong translation must not go unnoticed."""
+    users = [s.arg.name for s in program.graph_signature.input_specs if s.kind is InputKind.USER_INPUT]
+    value = next(n.meta["val"] for n in program.graph.nodes if n.op == "placeholder" and n.name == users[0])
+    batch = value.shape[0] if isinstance(value.shape[0], int) else _EXAMPLE_BATCH
+    x = torch.randn((batch, *value.shape[1:]), generator=torch.Generator().manual_seed(0))
+    with quiet(), torch.no_grad():
+        expected = _single_output(program.module(check_guards=False)(x))
+        got = TorchBridge(mod)(x)
+    if expected.shape != got.shape:
+        raise UserError(
+            f"the import gives {tuple(got.shape)} where torch gives {tuple(expected.shape)}; report this model"
+        )
+    error = (got - expected).abs().max() / expected.abs().max().clamp_min(1e-30)
+    if not error < _TOLERANCE:
+        raise UserError(f"the import differs from torch by {error:.1e} (relative); report this model")
+
+
+def _single_output(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        tensors = {str(k): v for k, v in output.items() if isinstance(v, Tensor)}
+    elif isinstance(output, tuple | list):
+        tensors = {str(i): v for i, v in enumerate(output) if isinstance(v, Tensor)}
+    else:
+        tensors = {k: v for k, v in vars(output).items() if isinstance(v, Tensor)}
+    if len(tensors) != 1:
+        names = ", ".join(tensors) or "none"
+        raise UserError(
+            f"the model returns {len(tensors)} tensors ({names}); wrap it so that it returns the one that matters"
+        )
+    return next(iter(tensors.values()))
+
+
+def _conv_ids(program: ExportedProgram) -> list[str | None]:
+    """The id of each 2-D convolution, in order: the path of its module, or of the parameter it reads."""
+    targets = {s.arg.name: s.target for s in program.graph_signature.input_specs}
+    ids = []
+    for node in program.graph.nodes:
+        name = getattr(node.target, "__name__", "")
+        if name not in ("convolution.default", "conv2d.default") or node.meta["val"].dim() != 4:
+            continue
+        if name == "convolution.default" and node.args[6]:  # transposed
+            continue
+        ids.append(_module_path(node) or _parameter_path(targets.get(getattr(node.args[1], "name", ""))))
+    return ids
+
+
+def _linear_ids(program: ExportedProgram) -> dict[str, str | None]:
+    """The paths of the linear layers, by weight."""
+    matrices = {path: value for path, value in program.state_dict.items() if value.dim() == 2}
+    return {weight_digest(value.detach().numpy()): _parameter_path(path) for path, value in matrices.items()}
+
+
+def _module_path(node: fx.Node) -> str | None:
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    if not stack or not str(stack[-1][1]).rsplit(".", 1)[-1].startswith("Conv"):
+        return None  # the convolution is called by function, perhaps several in one module
+    return str(stack[-1][0]) or None
+
+
+def _parameter_path(target: str | None) -> str | None:
+    return None if target in (None, "weight") else str(target).removesuffix(".weight")
+
+
+def _nearest(node: fx.Node, importer: Any) -> relax.Var:
+    """TVM's frontend takes half-pixel coordinates for torch's `nearest`, which floors asymmetric ones."""
+    height, width = (int(d) for d in node.meta["val"].shape[2:])
+    return importer.block_builder.emit(
+        relax.op.image.resize2d(
+            importer.env[node.args[0]],
+            (height, width),
+            layout="NCHW",
+            method="nearest_neighbor",
+            coordinate_transformation_mode="asymmetric",
+            rounding_method="floor",
+        )
+    )
+
+
+def _extreme(reduce: Callable[..., relax.Expr]) -> Callable[[fx.Node, Any], relax.Var]:
+    def convert(node: fx.Node, importer: Any) -> relax.Var:
+        args = importer.retrieve_args(node)
+        axes = list(args[1]) if len(args) > 1 else []
+        return importer.block_builder.emit(reduce(args[0], axes or None, len(args) > 2 and bool(args[2])))
+
+    return convert
+
+
+def _adaptive_max(node: fx.Node, importer: Any) -> relax.Expr:
+    x, size = importer.retrieve_args(node)[:2]
+    if list(size) != [1, 1]:
+        raise ValueError(f"adaptive_max_pool2d to {list(size)}")
+    builder = importer.block_builder
+    values = builder.emit(relax.op.max(x, [2, 3], True))
+    return builder.emit(relax.Tuple([values, builder.emit(relax.op.zeros_like(values))]))
+
+
+# what TVM's frontend lacks or gets wrong
+_CONVERTERS = {
+    "upsample_nearest2d.vec": _nearest,
+    "amax.default": _extreme(relax.op.max),
+    "adaptive_max_pool2d.default": _adaptive_max,
+    "amin.default": _extreme(relax.op.min),
+}
+
+
+def _unsupported(error: Exception) -> str:
+    reason = condense(error)
+    if "Unsupported function types" in reason:
+        names = reason.partition("[")[2].rstrip("]").replace("'", "")
+        return f"operator {names} is not supported by TVM's importer; replace it in the model"
+    return f"TVM cannot import the model: {reason}; replace the operator in the model"
+
+
+def _names(dtypes: set[torch.dtype]) -> str:
+    return ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
+
+
+def _random(input_shape: tuple[int, ...]) -> Tensor:
+    shape = (max(input_shape[0], _EXAMPLE_BATCH), *input_shape[1:])
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def quietly(make: Callable[[], T], explain: Callable[[Exception], str]) -> T:
+    """The result of `make`, without the noise of the exporters; `explain` words the `UserError` if it fails."""
+    with quiet():
+        try:
+            return make()
+        except Exception as error:
+            message = explain(error)
+        gc.collect()  # destroys the failed builder, about which TVM prints a warning, while nobody can see it
+    raise UserError(message)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep warnings, log lines and prints, those of C++ included, away from the user."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    sys.stderr.flush()
+    saved = os.dup(2)
+    try:
+        with (
+            open(os.devnull, "w") as sink,
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            os.dup2(sink.fileno(), 2)
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        logging.disable(previous)

@@ -1,0 +1,136 @@
+"""Turn a trained model (torch module, ``.pt2``, ``.onnx``) into the canonical Relax function."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from tvm.ir import IRModule
+
+from tvm_lowrank.errors import UserError
+from tvm_lowrank.importers.canonical import condense
+
+_REMEDY = "use pkg.module:factory, file.py:factory, model.pt2 or model.onnx"
+
+
+def parse_input_shape(text: str) -> tuple[int, ...]:
+    """``"1,3,224,224"`` (or ``"1x3x224x224"``) as a tuple.
+
+    Raises
+    ------
+    UserError
+        If the text is not four positive integers.
+    """
+    try:
+        shape = tuple(int(part) for part in text.lower().strip("()[] ").replace("x", ",").split(","))
+    except ValueError as error:
+        raise UserError(f"input shape {text!r} is not a list of integers; give N,C,H,W such as 1,3,224,224") from error
+    return _checked_shape(shape)
+
+
+def import_model(source: str | Path | nn.Module, *, input_shape: tuple[int, ...] | None = None) -> IRModule:
+    """The canonical Relax module of a model: one function ``main(x)``, see `tvm_lowrank.graph`.
+
+    Parameters
+    ----------
+    source : ``pkg.module:factory`` or ``file.py:factory`` (called without arguments, returns a torch module),
+        ``model.pt2`` (torch.export), ``model.onnx``, or a torch module.
+    input_shape : (N, C, H, W); needed for torch modules. N is symbolic in the result, whatever is given here.
+
+    Raises
+    ------
+    UserError
+        If the source cannot be found or loaded, does not take this input, has an operator that cannot be imported,
+        has several outputs, is not float32, has weights that are not finite, or has no convolution.
+    """
+    if input_shape is not None:
+        input_shape = _checked_shape(input_shape)
+    if isinstance(source, nn.Module):
+        return _import_module(source, type(source).__name__, input_shape)
+    text = str(source)
+    path, colon, factory = text.rpartition(":")
+    if colon and factory.isidentifier():
+        return _import_module(_made(path, factory), text, input_shape)
+    if Path(text).suffix not in (".pt2", ".onnx"):
+        hint = "the name of the factory is missing" if Path(text).suffix == ".py" else "it is none of the known kinds"
+        raise UserError(f"cannot import {text!r}: {hint}; {_REMEDY}")
+    if not Path(text).is_file():
+        raise UserError(f"model {text} does not exist; {_REMEDY}")
+    if Path(text).suffix == ".pt2":
+        from tvm_lowrank.importers.from_torch import from_pt2
+
+        return from_pt2(Path(text), input_shape)
+    from tvm_lowrank.importers.from_onnx import from_onnx_file
+
+    return from_onnx_file(Path(text), input_shape)
+
+
+def _checked_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    if len(shape) != 4 or not all(isinstance(d, int) and d > 0 for d in shape):
+        raise UserError(f"input shape {shape} is not four positive integers; give N,C,H,W such as 1,3,224,224")
+    return tuple(shape)
+
+
+def _import_module(model: nn.Module, name: str, input_shape: tuple[int, ...] | None) -> IRModule:
+    from tvm_lowrank.importers.from_torch import from_module
+
+    if input_shape is None:
+        raise UserError(f"{name} needs an input shape; give N,C,H,W such as 1,3,224,224")
+    return from_module(model, input_shape)
+
+
+def _made(path: str, factory: str) -> nn.Module:
+    """Call the factory of a module or file."""
+    what = f"{path}:{factory}"
+    make = getattr(_loaded(path), factory, None)
+    if make is None:
+        raise UserError(f"{path} has no {factory!r}; name a function in it that returns a torch.nn.Module")
+    if isinstance(make, nn.Module):
+        return make
+    if not isinstance(make, Callable):  # type: ignore[arg-type]
+        raise UserError(f"{what} is a {type(make).__name__}; name a function that returns a torch.nn.Module")
+    try:
+        model = make()
+    except Exception as error:
+        raise UserError(
+            f"{what} raised {type(error).__name__}: {condense(error)}; it is called without arguments"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{what} returned a {type(model).__name__}, not a torch.nn.Module; return the model itself")
+    return model
+
+
+def _loaded(path: str) -> Any:
+    is_file = path.endswith(".py")
+    if is_file and not Path(path).is_file():
+        raise UserError(f"file {path} does not exist; {_REMEDY}")
+    with _on_path(str(Path(path).resolve().parent) if is_file else str(Path.cwd())):
+        try:
+            if not is_file:
+                return importlib.import_module(path)
+            spec = importlib.util.spec_from_file_location(f"_tvm_lowrank_{Path(path).stem}", path)
+            assert spec is not None and spec.loader is not None  # a .py file always has a loader
+            module = importlib.util.module_from_spec(spec)
+            # dataclasses and pickles of the file look their module up by name
+            sys.modules[spec.name] = module
+            spec.loader.exec_module(module)
+            return module
+        except Exception as error:
+            reason = f"{type(error).__name__}: {condense(error)}"
+            raise UserError(f"cannot import {path}: {reason}; {_REMEDY}") from error
+
+
+@contextmanager
+def _on_path(folder: str) -> Iterator[None]:
+    """Let a model's own imports find their neighbours, as `python file.py` would."""
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
