@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,8 @@ import typer
 
 from tvm_lowrank import console
 from tvm_lowrank.errors import UserError
+from tvm_lowrank.files import copy
+from tvm_lowrank.targets.toolchain import cache_folder
 
 device = typer.Typer(no_args_is_help=True, help="The server that runs on a device, and emulated devices.")
 
@@ -75,7 +76,7 @@ def doctor(
         raise UserError(f"target {profile.name} is this machine; leave --emulate and --rpc-tracker out")
     with ExitStack() as stack:
         if emulate and rpc_tracker is None:
-            boards = stack.enter_context(emulated(profile.arch, cache_dir=_cache_folder(cache), key=rpc_key))
+            boards = stack.enter_context(emulated(profile.arch, cache_dir=cache_folder(cache), key=rpc_key))
             tracker, rpc_key, emulate = (boards.host, boards.port), boards.key, boards.emulated
         profile = replace(profile, emulated=emulate)
         well = examination.doctor(profile, tracker=tracker, key=rpc_key)
@@ -92,7 +93,7 @@ def emulate(
     """Run a tracker and emulated boards until Ctrl-C."""
     from tvm_lowrank.targets.emulate import emulate as run
 
-    run(arch, boards=boards, cache_dir=_cache_folder(cache), key=key)
+    run(arch, boards=boards, cache_dir=cache_folder(cache), key=key)
 
 
 @device.command()
@@ -104,15 +105,7 @@ def build(
     """Build the server for a device, as a folder to be copied there; the device needs no Python."""
     from tvm_lowrank.targets.server import PROGRAM, build_server
 
-    folder = build_server(arch, cache_dir=_cache_folder(cache))
-    try:
-        shutil.copytree(folder, out, dirs_exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error}; choose another folder with --out") from error
+    folder = build_server(arch, cache_dir=cache_folder(cache))
+    for file in folder.iterdir():
+        copy(file, out / file.name)
     print(f"{out}: copy it to the device and run {out.name}/{PROGRAM} --tracker HOST:PORT --key KEY there")
-
-
-def _cache_folder(chosen: Path | None) -> Path:
-    from tvm_lowrank.targets.toolchain import cache_folder
-
-    return chosen or cache_folder()

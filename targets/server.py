@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 import subprocess
 from pathlib import Path
 
 from tvm_lowrank import console
 from tvm_lowrank.errors import MeasurementError
+from tvm_lowrank.files import copy
 from tvm_lowrank.targets.toolchain import (
     cross_compiler,
     include_folder,
@@ -47,7 +47,7 @@ def build_server(arch: str, *, cache_dir: Path) -> Path:
         console.phase(f"compiling the device server for {arch}")
         with published(folder) as made:
             for library in libraries.iterdir():
-                shutil.copy2(library, made)
+                copy(library, made / library.name)
             _compile(compiler, made)
     return folder
 

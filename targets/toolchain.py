@@ -16,15 +16,16 @@ from pathlib import Path
 
 from tvm_lowrank import console
 from tvm_lowrank.errors import UserError
+from tvm_lowrank.files import copy
 
 TRIPLES = {"x86_64": "x86_64-linux-gnu", "aarch64": "aarch64-linux-gnu", "armv7": "arm-linux-gnueabihf"}
 WHEELS = ("x86_64", "aarch64")  # what apache-tvm is published for
 LIBRARIES = ("libtvm_runtime.so", "libtvm_runtime_extra.so", "libtvm_ffi.so")
 
 
-def cache_folder() -> Path:
-    """Where measurements are kept: ``TVM_LOWRANK_CACHE``, or the user's cache folder."""
-    chosen = os.environ.get("TVM_LOWRANK_CACHE")
+def cache_folder(given: str | Path | None = None) -> Path:
+    """Where measurements are kept: the given folder, else ``TVM_LOWRANK_CACHE``, else the user's cache folder."""
+    chosen = given or os.environ.get("TVM_LOWRANK_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(chosen) if chosen else Path(base) / "tvm_lowrank"
 
@@ -147,7 +148,7 @@ def _copy_installed(folder: Path) -> None:
     for package in (tvm, tvm_ffi):
         for library in Path(package.__file__).parent.glob("lib/*.so"):
             if library.name in LIBRARIES:
-                shutil.copy2(library, folder)
+                copy(library, folder / library.name)
 
 
 def _download(arch: str, folder: Path) -> None:

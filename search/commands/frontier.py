@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from tvm_lowrank import console
 from tvm_lowrank.bundle.bundle import FILES, MANIFEST
 from tvm_lowrank.bundle.report import REPORT
 from tvm_lowrank.errors import TimeUp
-from tvm_lowrank.files import write_text
+from tvm_lowrank.files import copy, write_text
 from tvm_lowrank.plan import Plan
 from tvm_lowrank.searching.choose.loop import FIRST_LIMIT, LEAST_LIMIT, MOST_LIMIT, Evaluated, Placed, Search
 from tvm_lowrank.searching.commands.deliver import (
@@ -221,7 +220,7 @@ def _written(
         plan, folder = point.evaluated.plan, out / str(number)
         folder.mkdir(exist_ok=True)
         for name, file in (("dense.so", dense.file), ("model.so", point.file)):
-            shutil.copyfile(out / file, folder / name)
+            copy(out / file, folder / name)
         manifest = {
             **explain(search, plan, delivery),
             "budget": None,

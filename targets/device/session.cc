@@ -41,21 +41,23 @@ std::string FileInFolder(const std::string& folder, const std::string& name) {
   return path.string();
 }
 
-// TVM's own function does not notice a full disk.
+// TVM's own function does not notice a full disk, and writes over a library that is in use.
 void Upload(const std::string& path, const Bytes& data, size_t limit) {
   if (data.size() > limit) {
     TVM_FFI_THROW(ValueError) << "a file of " << data.size() << " bytes is larger than the " << (limit >> 20)
                               << " MiB that this device accepts; start its server with --max-upload";
   }
-  std::ofstream file(path, std::ios::binary);
+  std::string part = path + ".part";
+  std::ofstream file(part, std::ios::binary);
   file.write(data.data(), static_cast<std::streamsize>(data.size()));
   file.close();
   if (!file) {
     int error = errno;
-    fs::remove(path);
+    fs::remove(part);
     TVM_FFI_THROW(RuntimeError) << "cannot write " << data.size() << " bytes to " << path << ": "
                                 << std::strerror(error);
   }
+  fs::rename(part, path);
 }
 
 Module Load(const std::string& path) {

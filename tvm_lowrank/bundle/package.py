@@ -9,14 +9,15 @@ SHA256SUMS                                       for `sha256sum --check`
 
 from __future__ import annotations
 
-import shutil
+import os
 import subprocess
+import tempfile
 from pathlib import Path
 
 from tvm_lowrank import console
 from tvm_lowrank.bundle.bundle import MANIFEST, PORTABLE, library, prepare_out, read_manifest, sha256
 from tvm_lowrank.errors import MeasurementError, UserError
-from tvm_lowrank.files import write_text
+from tvm_lowrank.files import copy, write_text
 
 SOURCES = Path(__file__).parent / "runtime"
 HEADERS = ("tlr.h", "tlr.hpp")
@@ -48,7 +49,7 @@ def package(bundle: Path, out: Path, *, with_runtime: bool, cache_dir: Path, for
     prepare_out(out, force=force)
     try:
         for name in names:
-            shutil.copyfile(bundle / name, out / name)
+            copy(bundle / name, out / name)
         if with_runtime:
             _add_runtime(out, _arch_of(manifest), cache_dir)
     except OSError as error:
@@ -79,9 +80,9 @@ def _add_runtime(out: Path, arch: str, cache_dir: Path) -> None:
     for folder in ("include", "lib"):
         (out / folder).mkdir(exist_ok=True)
     for name in HEADERS:
-        shutil.copyfile(SOURCES / name, out / "include" / name)
+        copy(SOURCES / name, out / "include" / name)
     for name in RUNTIME:
-        shutil.copy2(libraries / name, out / "lib" / name)
+        copy(libraries / name, out / "lib" / name)
     console.phase(f"compiling libtlr.so for {arch}")
     compile_library(arch, out / "lib")
 
@@ -92,8 +93,11 @@ def compile_library(arch: str, folder: Path) -> None:
 
     compiler = cross_compiler(triple_of(arch))
     sources = [str(path) for path in sorted(SOURCES.glob("*.cc"))]
-    command = [compiler, *FLAGS, f"-I{include_folder()}", *sources, "-o", str(folder / "libtlr.so"), f"-L{folder}"]
-    done = subprocess.run([*command, *LINK], capture_output=True, text=True)
-    if done.returncode != 0:
-        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["?"]
-        raise MeasurementError(f"{compiler} cannot compile libtlr.so: {lines[0]}")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".libtlr.so-") as temporary:
+        made = Path(temporary) / "libtlr.so"
+        command = [compiler, *FLAGS, f"-I{include_folder()}", *sources, "-o", str(made), f"-L{folder}"]
+        done = subprocess.run([*command, *LINK], capture_output=True, text=True)
+        if done.returncode != 0:
+            lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["?"]
+            raise MeasurementError(f"{compiler} cannot compile libtlr.so: {lines[0]}")
+        os.replace(made, folder / made.name)
