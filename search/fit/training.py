@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -128,7 +129,12 @@ def _relative_error(wanted: Tensor, got: Tensor) -> Tensor:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether a device computes in bfloat16; PyTorch would emulate it on processors that do not."""
+    """Whether a device computes in bfloat16; PyTorch would emulate it on processors that do not.
+
+    ``$TVM_LOWRANK_BFLOAT16``, 0 or 1, says otherwise: results are then those of another processor.
+    """
+    if os.environ.get("TVM_LOWRANK_BFLOAT16"):
+        return os.environ["TVM_LOWRANK_BFLOAT16"] != "0"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return re.search(r"\b(avx512_bf16|amx_bf16)\b", Path("/proc/cpuinfo").read_text()) is not None

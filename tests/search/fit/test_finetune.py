@@ -106,7 +106,9 @@ def tune(tmp_path: Path) -> Tune:
     return call
 
 
-def test_learns(tune: Tune) -> None:
+@pytest.mark.parametrize("bfloat16", "01")
+def test_learns(tune: Tune, bfloat16: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TVM_LOWRANK_BFLOAT16", bfloat16)
     tuned = tune(replace(SETTINGS, epochs=15), data=batches)
     losses = [epoch.loss for epoch in tuned.result.epochs]
     assert losses[-1] < losses[0] / 2
@@ -332,8 +334,12 @@ def two_workers(batches: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*command, here, batches], cwd=folder, capture_output=True, text=True, timeout=120)
 
 
-def test_two_workers_are_one_with_twice_the_batch(tune: Tune, tmp_path: Path) -> None:
-    """A batch that is left over, and gives nothing to the second worker, is left out."""
+def test_two_workers_are_one_with_twice_the_batch(tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that is left over, and gives nothing to the second worker, is left out.
+
+    In float32, for bfloat16 rounds the two halves of a batch in another way than the whole.
+    """
+    monkeypatch.setenv("TVM_LOWRANK_BFLOAT16", "0")
 
     def doubled(epoch: int) -> list[tuple[Tensor, Tensor]]:
         given = batches(epoch)
