@@ -30,18 +30,19 @@ from unittest.mock import patch
 import numpy as np
 from tvm.ir import IRModule
 
-from tvm_lowrank.data.metric import parse_budget
-from tvm_lowrank.importers.importer import parse_input_shape
 from tvm_lowrank.methods import Chain, Factors, Moments, decompose, factorise
+from tvm_lowrank.options import DEFAULT_METHODS, SearchOptions
 from tvm_lowrank.plan import Choice, Plan
+from tvm_lowrank.quantities import input_shape, points
 from tvm_lowrank.searching.candidates import site_macs
 from tvm_lowrank.searching.choose import loop, sensitivity
 from tvm_lowrank.searching.choose.networks import Networks
 from tvm_lowrank.searching.choose.sensitivity import Sensitivity
 from tvm_lowrank.searching.commands import run
+from tvm_lowrank.searching.journal import JOURNAL
 from tvm_lowrank.searching.latency.times import SiteTimes
 
-METHODS = tuple(name for name in run.DEFAULT_METHODS if name != "svd")
+METHODS = tuple(name for name in DEFAULT_METHODS if name != "svd")
 
 
 class MacTimes(SiteTimes):
@@ -132,7 +133,7 @@ def main() -> None:
     parser.add_argument("--budget", default="1%")
     parser.add_argument("--out", type=Path, default=Path("ablation"))
     parser.add_argument("--model")
-    parser.add_argument("--input-shape", type=parse_input_shape)
+    parser.add_argument("--input-shape", type=input_shape)
     parser.add_argument("--data")
     args = parser.parse_args()
     unknown = set(args.only.split(",")) - set(variants)
@@ -142,13 +143,13 @@ def main() -> None:
     print(f"{'variant':15s} {'speed-up':>9s} {'MACs':>6s} {'drop':>6s} {'looks':>6s} {'plans':>6s} {'seconds':>8s}")
     once = remembered()
     for variant in args.only.split(","):
-        methods = (variant, "svd") if variant in METHODS else run.DEFAULT_METHODS
-        request = run.Request(
+        methods = (variant, "svd") if variant in METHODS else DEFAULT_METHODS
+        asked = SearchOptions(
             out=args.out / variant,
             model=args.model,
             input_shape=args.input_shape,
             data=args.data,
-            budget=parse_budget(args.budget),
+            budget=points(args.budget),
             methods=methods,
             cache=args.out / "cache",
             force=True,
@@ -158,9 +159,9 @@ def main() -> None:
             stack.enter_context(patch.object(sensitivity, "factorise", once))
             for change in patches(variant):
                 stack.enter_context(change)
-            manifest = run.search(request)
+            manifest = run.search(asked)
         spent = time.perf_counter() - start
-        journal = (request.out / run.JOURNAL).read_text()
+        journal = (asked.folder / JOURNAL).read_text()
         macs, dense = (sum(site[key] for site in manifest["sites"]) for key in ("macs", "dense_macs"))
         accuracy = manifest["accuracy"]
         print(

@@ -248,8 +248,8 @@ def surrogate(bench: Bench) -> Iterator[str]:
 
 def random_plans(sites: Sequence[Any], count: int, lanes: int) -> list[dict[str, Any]]:
     """Plans that change most sites to anything, and the dense one first."""
+    from tvm_lowrank.options import DEFAULT_METHODS
     from tvm_lowrank.searching.candidates import candidates
-    from tvm_lowrank.searching.commands.run import DEFAULT_METHODS
 
     generator = np.random.default_rng(3)
     plans: list[dict[str, Any]] = [{}]

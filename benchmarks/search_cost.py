@@ -24,10 +24,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from tvm_lowrank import api, console  # noqa: E402
-from tvm_lowrank.importers.importer import parse_input_shape  # noqa: E402
+from tvm_lowrank.options import DEFAULT_METHODS  # noqa: E402
+from tvm_lowrank.quantities import input_shape  # noqa: E402
 from tvm_lowrank.searching.choose import loop, sensitivity  # noqa: E402
 from tvm_lowrank.searching.commands import deliver  # noqa: E402
-from tvm_lowrank.searching.commands.run import DEFAULT_METHODS  # noqa: E402
 from tvm_lowrank.searching.latency import oracle, times  # noqa: E402
 
 
@@ -87,7 +87,7 @@ def main() -> None:
             stack.enter_context(patch.object(place, attribute, counted(name, getattr(place, attribute))))
         manifest = api.search(
             model=model,
-            input_shape=parse_input_shape(args.input_shape),
+            input_shape=input_shape(args.input_shape),
             methods=args.methods.split(","),
             out=Path(folder) / "bundle",
             cache=Path(folder) / "cache",

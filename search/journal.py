@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from tvm_lowrank.errors import UserError
 
 T = TypeVar("T")
+JOURNAL = "journal.jsonl"  # its name in the folder of a search
 FORMAT = 1  # raised when the values of a kind get another form
 
 

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 import tvm_lowrank
 from support import models
+from support.command import Run
 from tvm_lowrank import Choice, UserError, api
 from tvm_lowrank.cli import app as cli
 from tvm_lowrank.methods import METHODS
-from tvm_lowrank.searching.commands.run import Request
+from tvm_lowrank.options import CompileOptions, DecomposeOptions, Options, SearchOptions, said
 
 SHAPE = (1, 3, 12, 12)
 PLAN = {"2": Choice("spatial", 6)}
@@ -103,28 +104,55 @@ def test_search_with_everything_in_memory(options: dict[str, Any], tmp_path: Pat
         tvm_lowrank.search(**options, finetune=iter([]), data=splits(net), out=tmp_path / "none")
 
 
-def test_the_command_line_has_the_same_defaults() -> None:
-    parsed = {"budget", "max_latency", "methods", "time_limit", "input_shape", "mean", "std"}  # text there
-    required = {"out", "plan"}
-    for command, function in (
-        (cli.search, api.search),
-        (cli.decompose, api.decompose),
-        (cli.compile_model, api.compile),
-    ):
-        there, here = (inspect.signature(f).parameters for f in (command, function))
-        assert set(there) == set(here)
-        for name in set(here) - parsed - required:
-            assert there[name].default == here[name].default, name
-        assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in here.values())
+@pytest.mark.parametrize(
+    ("arguments", "keywords"),
+    [
+        ([], {}),
+        (
+            ["--model", "net.py:build", "--input-shape", "1,3,8,8", "--data", "d.npz", "--mean", "0.1,0.2,0.3"],
+            {"model": "net.py:build", "input_shape": (1, 3, 8, 8), "data": "d.npz", "mean": (0.1, 0.2, 0.3)},
+        ),
+        (
+            ["--budget", "0.5%", "--time-limit", "10m", "--methods", "spatial, btd", "--confident", "--out", "here"],
+            {"budget": 0.5, "time_limit": 600, "methods": ("spatial", "btd"), "confident": True, "out": "here"},
+        ),
+        (
+            ["--max-latency", "800us", "--target", "arm", "--rpc-key", "pi", "--emulate", "--cache", "c", "--trials=3"],
+            {"max_latency": 0.8, "target": "arm", "rpc_key": "pi", "emulate": True, "cache": Path("c"), "trials": 3},
+        ),
+    ],
+)
+def test_the_command_line_asks_for_what_python_asks(
+    arguments: list[str], keywords: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run: Run
+) -> None:
+    seen: list[SearchOptions] = []
+
+    def search(asked: SearchOptions) -> dict[str, Any]:
+        seen.append(asked)
+        raise UserError("seen; that is enough")
+
+    monkeypatch.setattr("tvm_lowrank.searching.commands.run.search", search)
+    with pytest.raises(UserError, match="seen"):
+        tvm_lowrank.search(**keywords)
+    assert run("search", *arguments, cwd=tmp_path).returncode == 2
+    assert seen[0] == seen[1]
 
 
-def test_requests_have_the_same_defaults() -> None:
-    fields = {field.name: field for field in dataclasses.fields(Request) if field.name not in ("out", "connection")}
-    for function in (api.search, api.decompose, api.compile):
-        for name, parameter in inspect.signature(function).parameters.items():
-            if name in fields:
-                assert fields[name].default == parameter.default, name
-    assert set(fields) < set(inspect.signature(api.search).parameters)
+@pytest.mark.parametrize(
+    ("command", "function", "options"),
+    [
+        (cli.search, api.search, SearchOptions),
+        (cli.decompose, api.decompose, DecomposeOptions),
+        (cli.compile_model, api.compile, CompileOptions),
+    ],
+)
+def test_both_have_all_options(command: Any, function: Any, options: type[Options]) -> None:
+    there, here = (inspect.signature(f).parameters for f in (command, function))
+    named = {field.name: said(field) for field in dataclasses.fields(options)}
+    assert set(there) == set(here) == set(named)
+    assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in here.values())
+    assert all(f"\n{name} : {about.help}" in function.__doc__ for name, about in named.items())
+    assert list(here) == list(there)
 
 
 def test_public_names() -> None:

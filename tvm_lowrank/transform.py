@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import tvm
@@ -167,3 +168,32 @@ class DecomposeConv2D:
                 except ValueError as error:
                     raise ValueError(f"site {id!r}: {error}") from error
         return replace_sites(mod, chains, name=self.name)
+
+
+@relax.register_pipeline("tvm_lowrank")
+def pipeline(
+    *,
+    plan: Mapping[str, Choice] | str | Path,
+    moments: Mapping[str, Moments] | None = None,
+    name: str = "main",
+) -> tvm.transform.Pass:
+    """What TVM's default pipeline makes of a module whose sites are chains, under TVM's name for it.
+
+        library = tvm.compile(mod, "llvm", relax_pipeline=relax.get_pipeline("tvm_lowrank", plan="plan.json"))
+
+    It is there once this module is imported, which taking `DecomposeConv2D` from `tvm_lowrank` does.
+
+    Parameters
+    ----------
+    plan : the choice for each site, or the path of a ``plan.json``.
+    moments, name : as of `DecomposeConv2D`.
+
+    Raises
+    ------
+    UserError
+        If the plan cannot be read.
+    ValueError
+        When run, as `DecomposeConv2D`.
+    """
+    decompose = DecomposeConv2D(Plan.of(plan), moments=moments, name=name)
+    return tvm.transform.Sequential([decompose, relax.get_pipeline("default_build")], name="tvm_lowrank")

@@ -11,26 +11,21 @@ from tvm.ir import IRModule
 from tvm_lowrank import console
 from tvm_lowrank.bridge.calibrate import collect_fisher, collect_moments
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
-from tvm_lowrank.bundle.bundle import find_compiler, prepare_out
-from tvm_lowrank.data.metric import load_metric
-from tvm_lowrank.data.splits import Splits, overlaps
 from tvm_lowrank.data.synthetic import shrunk
 from tvm_lowrank.errors import UserError
-from tvm_lowrank.graph import Site, find_sites
+from tvm_lowrank.graph import Site
 from tvm_lowrank.methods import METHODS, decompose
+from tvm_lowrank.options import BundleOptions
 from tvm_lowrank.plan import Choice, Plan
 from tvm_lowrank.searching.candidates import wide
-from tvm_lowrank.searching.commands.deliver import deliver_plan
-from tvm_lowrank.searching.commands.run import Request, delivery_of, load_data_of, load_model, opened, synthetic_images
+from tvm_lowrank.searching.commands.deliver import Delivery, deliver_plan
+from tvm_lowrank.searching.commands.inputs import Inputs, load, opened, synthetic_images
 from tvm_lowrank.searching.fit.reconstruct import reconstruct_if_better
 from tvm_lowrank.searching.fit.refit import dense_outputs, refit
-from tvm_lowrank.searching.latency.times import SiteTimes
-from tvm_lowrank.searching.measure.device import check_connection
-from tvm_lowrank.targets.profile import load_profile
 from tvm_lowrank.transform import replace_sites
 
 
-def apply_plan(request: Request, given: Mapping[str, Choice] | Path | str) -> dict[str, Any]:
+def apply_plan(asked: BundleOptions, given: Mapping[str, Choice] | Path | str, *, seed: int = 0) -> dict[str, Any]:
     """Build the bundle of an explicit plan; returns its manifest.
 
     With data the chains are fitted to the calibration images and the accuracy of the libraries is measured; without,
@@ -43,32 +38,23 @@ def apply_plan(request: Request, given: Mapping[str, Choice] | Path | str) -> di
         If the plan names a site that the model does not have or a rank that is not possible there, the other input is
         bad, or the output cannot be written.
     """
-    find_compiler()
-    profile = load_profile(request.target)
-    check_connection(profile, request.connection)
     plan = Plan.of(given)
-    prepare_out(request.out, force=request.force)
-    mod = load_model(request)
-    sites = find_sites(mod)
-    check_plan(plan, sites, str(given) if isinstance(given, str | Path) else "plan")
-    splits = None if request.data is None and request.model is not None else load_data_of(request, mod)
-    metric = load_metric(request.metric)
-    for message in overlaps(splits) if splits is not None else []:
-        console.warn(message)
+    inputs = load(asked)
+    check_plan(plan, inputs.sites, str(given) if isinstance(given, str | Path) else "plan")
 
     seconds: dict[str, float] = {}
     with console.timed(seconds, "decomposing"):
-        network = _network(mod, sites, plan, splits, seed=request.seed)
-    with opened(request, profile) as (device, oracle):
+        network = _network(inputs, plan, seed=seed)
+    with opened(inputs) as (device, oracle, times):
         return deliver_plan(
             plan,
             network,
-            mod,
-            SiteTimes(mod, sites, oracle, batch=request.batch),
+            inputs.mod,
+            times,
             oracle,
-            delivery_of(request, mod, device, splits),
-            splits=splits,
-            metric=metric,
+            Delivery.of(inputs, device),
+            splits=inputs.splits,
+            metric=inputs.metric,
             reason=lambda site, choice: "as the plan says",
             seconds=seconds,
         )
@@ -91,8 +77,9 @@ def check_plan(plan: Mapping[str, Choice], sites: list[Site], name: str) -> None
             raise UserError(f"{name}: site {id!r}: {error}; change the plan") from error
 
 
-def _network(mod: IRModule, sites: list[Site], plan: Plan, splits: Splits | None, *, seed: int) -> IRModule:
+def _network(inputs: Inputs, plan: Plan, *, seed: int) -> IRModule:
     """What a dense module becomes under a plan."""
+    mod, sites, splits = inputs.mod, inputs.sites, inputs.splits
     chosen = [site for site in sites if plan.get(site.id, Choice()).rank is not None]
     if not chosen:
         return mod

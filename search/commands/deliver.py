@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,12 +21,14 @@ from tvm_lowrank.codegen.lower import build, kernels, lower
 from tvm_lowrank.data.metric import Metric, accuracy, paired_drop
 from tvm_lowrank.data.splits import Splits, fingerprint
 from tvm_lowrank.errors import MeasurementError
-from tvm_lowrank.files import write_text
+from tvm_lowrank.files import copy, write_text
 from tvm_lowrank.graph import Site, find_sites
+from tvm_lowrank.options import BundleOptions
 from tvm_lowrank.plan import Choice, Plan
 from tvm_lowrank.searching.candidates import site_macs, skipped
 from tvm_lowrank.searching.choose.loop import Evaluated, Search
 from tvm_lowrank.searching.choose.offers import offers
+from tvm_lowrank.searching.commands.inputs import Inputs, image_shape
 from tvm_lowrank.searching.latency.oracle import LatencyOracle
 from tvm_lowrank.searching.latency.times import SiteTimes
 from tvm_lowrank.searching.measure.device import Device, Model
@@ -47,6 +48,20 @@ class Delivery:
     target: Mapping[str, Any]
     data: Mapping[str, Any] | None  # source, mean, std
     device: Device
+
+    @classmethod
+    def of(cls, inputs: Inputs, device: Device) -> Delivery:
+        """The bundle of a command."""
+        asked, profile, splits = inputs.asked, device.profile, inputs.splits
+        assert isinstance(asked, BundleOptions)
+        return cls(
+            out=asked.folder,
+            model=asked.model_name,
+            input_shape=(asked.batch, *image_shape(inputs.mod)),
+            target={"name": profile.name, **profile.target, "num-cores": asked.threads},
+            data=None if splits is None else {"source": splits.name, "mean": asked.mean, "std": asked.std},
+            device=device,
+        )
 
 
 def deliver(search: Search, kept: Sequence[Evaluated], oracle: LatencyOracle, delivery: Delivery) -> dict[str, Any]:
@@ -88,7 +103,7 @@ def deliver_plan(
     with console.timed(seconds, "building, verifying and measuring"):
         dense = build_library(mod, oracle, delivery, "dense.so")
         if network is mod:
-            shutil.copyfile(out / "dense.so", out / "model.so")
+            copy(out / "dense.so", out / "model.so")
         else:
             compressed = build_library(network, oracle, delivery, "model.so")
         measured = None
@@ -186,12 +201,12 @@ def _libraries(
         candidate = search.milder(candidate, kept)
 
     if not chosen:
-        shutil.copyfile(out / "dense.so", out / "model.so")
+        copy(out / "dense.so", out / "model.so")
     measure = partial(compare, search.times, chosen, delivery)
     latency, speedup = search.journal.once("end to end", chosen.to_json(), measure)
     if chosen and speedup <= 1:
         console.warn(f"the compressed library is not faster ({speedup:.2f}x); the bundle is the tuned dense model")
-        shutil.copyfile(out / "dense.so", out / "model.so")
+        copy(out / "dense.so", out / "model.so")
         chosen, network, speedup, latency["compressed"] = Plan(), search.mod, 1.0, latency["dense"]
     if not chosen:
         scores = dense_scores

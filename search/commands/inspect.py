@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 from tvm_lowrank import console
-from tvm_lowrank.graph import find_sites
+from tvm_lowrank.options import InspectOptions
 from tvm_lowrank.plan import Choice
-from tvm_lowrank.searching.commands.run import Request, load_model, opened
-from tvm_lowrank.searching.latency.times import SiteTimes
-from tvm_lowrank.searching.measure.device import check_connection
-from tvm_lowrank.targets.profile import load_profile
+from tvm_lowrank.searching.commands.inputs import load, opened
 
 
-def print_sites(request: Request) -> None:
+def print_sites(asked: InspectOptions) -> None:
     """Tune the dense network's kernels (or take them from the cache) and print a table of its sites."""
-    profile = load_profile(request.target)
-    check_connection(profile, request.connection)
-    mod = load_model(request)
-    sites = find_sites(mod)
-    with opened(request, profile) as (device, oracle):
-        times = SiteTimes(mod, sites, oracle, batch=request.batch)
+    inputs = load(asked)
+    sites = inputs.sites
+    with opened(inputs) as (device, _, times):
         others = times.measure_others()
         dense = {site.id: times.estimate(site.id, Choice()) for site in sites}
     total = sum(dense.values()) + others
@@ -39,7 +33,7 @@ def print_sites(request: Request) -> None:
     ]
     rows.append(("(other)", "", "", "", "", "", f"{others:.4f}", f"{100 * others / total:.1f} %", ""))
     console.table(
-        f"{request.model_name} on {profile.name}, {request.threads} thread(s), batch {request.batch}: "
+        f"{asked.model_name} on {inputs.profile.name}, {asked.threads} thread(s), batch {asked.batch}: "
         f"{macs / 1e6:.1f} M MACs, {device.how}",
         ("site", "channels", "kernel", "input", "MACs", "of all", "ms", "of all", "GFLOPS"),
         rows,

@@ -17,19 +17,17 @@ from tvm_lowrank.codegen.lower import kernels_of
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.files import write_text
 from tvm_lowrank.graph import Site, find_sites
+from tvm_lowrank.options import ProfileOptions
 from tvm_lowrank.plan import Choice
 from tvm_lowrank.searching.candidates import candidates, site_macs
-from tvm_lowrank.searching.commands.run import Request, check_options, load_model, opened
+from tvm_lowrank.searching.commands.inputs import load, opened
 from tvm_lowrank.searching.latency.cache import KernelCache, exported, how_to_tune, read_export
 from tvm_lowrank.searching.latency.oracle import LatencyOracle
 from tvm_lowrank.searching.latency.peaks import Peaks, measure_peaks
-from tvm_lowrank.searching.latency.times import SiteTimes
 from tvm_lowrank.searching.latency.whole import operand_bytes
-from tvm_lowrank.searching.measure.device import check_connection
 from tvm_lowrank.targets.profile import Profile, load_profile
 
 SCHEMA = 1
-CANDIDATES = 40
 
 
 def tune(
@@ -136,8 +134,8 @@ class Timed:
         }
 
 
-def profile(request: Request, *, count: int = CANDIDATES, as_json: bool = False) -> None:
-    """Tune the dense network, print where its time goes, and tune ``count`` candidates of the search as well.
+def profile(asked: ProfileOptions) -> None:
+    """Tune the dense network, print where its time goes, and tune candidates of the search as well.
 
     What is in the database is not measured again, and what is measured is there at once.
 
@@ -148,26 +146,20 @@ def profile(request: Request, *, count: int = CANDIDATES, as_json: bool = False)
     MeasurementError
         If the device fails.
     """
-    check_options(request)
-    if count < 0:
-        raise UserError(f"--candidates {count} is not possible; give 0 for none")
-    target = load_profile(request.target)
-    check_connection(target, request.connection)
-    mod = load_model(request)
-    sites = find_sites(mod)
+    inputs = load(asked)
+    sites = inputs.sites
     try:
-        with opened(request, target) as (device, oracle):
+        with opened(inputs) as (device, oracle, times):
             console.phase(f"tuning the kernels of the dense network, of {len(sites)} layers")
-            times = SiteTimes(mod, sites, oracle, batch=request.batch)
             times.measure_others()
-            rows = timed_kernels(mod, oracle, batch=request.batch)
+            rows = timed_kernels(inputs.mod, oracle, batch=asked.batch)
             console.phase("measuring the peaks of the device")
-            peaks = measure_peaks(device.devices, device.profile, threads=request.threads)
-            printed = _print_json if as_json else _print_table
-            printed(rows, peaks, request, device.profile, device.how)
+            peaks = measure_peaks(device.devices, device.profile, threads=asked.threads)
+            printed = _print_json if asked.json else _print_table
+            printed(rows, peaks, asked, device.profile, device.how)
             dense = {row.site: row.ms for row in rows if row.site is not None}
-            options = {s.id: candidates(s, methods=request.methods, lanes=device.profile.lanes) for s in sites}
-            wanted = spread(sorted(sites, key=lambda site: -dense[site.id]), options, count)
+            options = {s.id: candidates(s, methods=asked.methods, lanes=device.profile.lanes) for s in sites}
+            wanted = spread(sorted(sites, key=lambda site: -dense[site.id]), options, asked.candidates)
             if wanted:
                 console.phase(f"tuning {len(wanted)} candidates of the search")
                 times.measure(wanted)
@@ -221,14 +213,14 @@ def _worst(rows: Sequence[Timed], peaks: Peaks) -> Timed:
     return max(rows, key=lambda row: row.above(peaks))
 
 
-def _print_json(rows: Sequence[Timed], peaks: Peaks, request: Request, target: Profile, how: str) -> None:
+def _print_json(rows: Sequence[Timed], peaks: Peaks, asked: ProfileOptions, target: Profile, how: str) -> None:
     document = {
         "schema": SCHEMA,
-        "model": request.model_name,
+        "model": asked.model_name,
         "target": target.name,
         "how": how,
-        "threads": request.threads,
-        "batch": request.batch,
+        "threads": asked.threads,
+        "batch": asked.batch,
         "peaks": {"gflops": peaks.gflops, "gb_per_s": peaks.gb_per_s},
         "kernels": [row.to_json(peaks) for row in rows],
         "total": _total(rows).to_json(peaks),
@@ -237,7 +229,7 @@ def _print_json(rows: Sequence[Timed], peaks: Peaks, request: Request, target: P
     print(json.dumps(document, indent=2))
 
 
-def _print_table(rows: Sequence[Timed], peaks: Peaks, request: Request, target: Profile, how: str) -> None:
+def _print_table(rows: Sequence[Timed], peaks: Peaks, asked: ProfileOptions, target: Profile, how: str) -> None:
     cells = [
         (
             row.site or row.name,
@@ -251,7 +243,7 @@ def _print_table(rows: Sequence[Timed], peaks: Peaks, request: Request, target: 
         for row in (*rows, _total(rows))
     ]
     console.table(
-        f"{request.model_name} on {target.name}, {request.threads} thread(s), batch {request.batch}: "
+        f"{asked.model_name} on {target.name}, {asked.threads} thread(s), batch {asked.batch}: "
         f"the dense network, {how}",
         ("kernel", "ms", "of all", "GFLOPS", "of peak", "GB/s", "of peak"),
         cells,

@@ -14,6 +14,7 @@ import numpy as np
 from tvm_lowrank import console
 from tvm_lowrank.bundle.bundle import CompiledModel, read_manifest
 from tvm_lowrank.errors import UserError
+from tvm_lowrank.options import ConnectionOptions
 from tvm_lowrank.searching.measure.bench import Devices
 from tvm_lowrank.searching.measure.fleet import Fleet
 from tvm_lowrank.searching.measure.local import LocalBench, measure_interleaved
@@ -21,29 +22,13 @@ from tvm_lowrank.searching.measure.remote import Remote
 from tvm_lowrank.targets.doctor import examine
 from tvm_lowrank.targets.emulate import emulated
 from tvm_lowrank.targets.profile import Profile, load_profile
+from tvm_lowrank.targets.toolchain import cache_folder
 from tvm_lowrank.targets.tracker import tracker_address
 
 Shape = tuple[int, int, int, int]
 Model = Callable[[np.ndarray], np.ndarray]
 EMULATED_BOARDS = 2
 EMULATED_IMAGES = 200  # an emulator is some hundred times slower than a core
-
-
-@dataclass(frozen=True)
-class Connection:
-    """How a user reaches boards.
-
-    ``tracker`` is HOST:PORT, ``key`` what they are registered as; ``emulate`` without a tracker starts emulated ones.
-    """
-
-    tracker: str | None = None
-    key: str | None = None
-    emulate: bool = False
-
-    @property
-    def starts(self) -> bool:
-        """Whether emulated boards are to be started."""
-        return self.emulate and self.tracker is None
 
 
 class Device(Protocol):
@@ -131,7 +116,7 @@ class Boards:
         return self.devices.measure_interleaved(models, x, rounds=rounds)
 
 
-def check_connection(profile: Profile, connection: Connection) -> None:
+def check_connection(profile: Profile, connection: ConnectionOptions) -> None:
     """Raise at once what would make the long work useless; a board that is in use is waited for.
 
     Raises
@@ -140,18 +125,18 @@ def check_connection(profile: Profile, connection: Connection) -> None:
         As `tvm_lowrank doctor` would print it.
     """
     if profile.is_host:
-        if connection.emulate or connection.tracker:
+        if connection.emulate or connection.rpc_tracker:
             raise UserError(f"target {profile.name} is this machine; leave --emulate and --rpc-tracker out")
         return
     waived = {"free board"} | ({"tracker"} if connection.starts else set())
-    tracker = None if connection.starts else tracker_address(connection.tracker)
-    for step in examine(profile, tracker=tracker, key=connection.key, quick=True):
+    tracker = None if connection.starts else tracker_address(connection.rpc_tracker)
+    for step in examine(profile, tracker=tracker, key=connection.rpc_key, quick=True):
         if step.error is not None and step.name not in waived:
             raise step.error
 
 
 @contextmanager
-def open_device(profile: Profile, connection: Connection, *, threads: int, cache_dir: Path) -> Iterator[Device]:
+def open_device(profile: Profile, connection: ConnectionOptions, *, threads: int, cache_dir: Path) -> Iterator[Device]:
     """The device of a target, as long as the context lasts.
 
     Raises
@@ -176,27 +161,27 @@ def open_device(profile: Profile, connection: Connection, *, threads: int, cache
 
 
 @contextmanager
-def _boards(profile: Profile, connection: Connection, cache_dir: Path) -> Iterator[Remote]:
+def _boards(profile: Profile, connection: ConnectionOptions, cache_dir: Path) -> Iterator[Remote]:
     """Where the boards of a target are; emulated ones are started, unless there is a tracker that has some."""
     if connection.starts:
         console.phase(f"starting {EMULATED_BOARDS} emulated boards; their times say nothing about real ones")
         with emulated(profile.arch, boards=EMULATED_BOARDS, cache_dir=cache_dir) as boards:
             yield remote_of(profile, boards.host, boards.port, boards.key)
     else:
-        address = tracker_address(connection.tracker)
+        address = tracker_address(connection.rpc_tracker)
         assert address is not None  # checked
-        yield remote_of(profile, *address, connection.key or profile.rpc_key)
+        yield remote_of(profile, *address, connection.rpc_key or profile.rpc_key)
 
 
 @contextmanager
 def device_of(
-    bundle: Path, target: str | None, connection: Connection, *, threads: int | None = None, cache_dir: Path
+    bundle: Path, target: str | None, connection: ConnectionOptions, *, threads: int | None = None
 ) -> Iterator[Device]:
     """The device of a bundle; ``target`` and ``threads`` are those of its manifest unless given."""
     manifest = read_manifest(bundle)
     profile = load_profile(target or manifest["target"]["name"])
     threads = threads or int(manifest["latency_ms"]["threads"])
-    with open_device(profile, connection, threads=threads, cache_dir=cache_dir) as device:
+    with open_device(profile, connection, threads=threads, cache_dir=cache_folder(connection.cache)) as device:
         yield device
 
 

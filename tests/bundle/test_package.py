@@ -23,9 +23,8 @@ from tvm_lowrank.bundle.bundle import sha256
 from tvm_lowrank.bundle.package import package
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.importers.importer import import_model
+from tvm_lowrank.options import CompileOptions
 from tvm_lowrank.searching.commands.apply import apply_plan
-from tvm_lowrank.searching.commands.run import Request
-from tvm_lowrank.searching.measure.device import Connection
 from tvm_lowrank.targets.toolchain import cross_compiler, host_arch, triple_of
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -69,8 +68,8 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     plan = folder / "plan.json"
     plan.write_text(json.dumps({"schema": 1, "sites": {"2": {"method": "spatial", "rank": 16}}}))
     here = arch == host_arch()
-    options: dict[str, Any] = {} if here else {"target": "arm", "connection": Connection(None, None, True)}
-    asked = Request(
+    options: dict[str, Any] = {} if here else {"target": "arm", "emulate": True}
+    asked = CompileOptions(
         out=folder / "bundle",
         model=model,
         input_shape=(1, 3, SIZE, SIZE),

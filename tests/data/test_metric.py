@@ -8,21 +8,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tvm_lowrank.data.metric import accuracy, load_metric, paired_drop, parse_budget
+from tvm_lowrank.data.metric import accuracy, load_metric, paired_drop
 from tvm_lowrank.errors import UserError
+from tvm_lowrank.quantities import points as points_of
 
 
 @pytest.mark.parametrize(
     ("text", "points"), [("1%", 1), ("0.5%", 0.5), ("1", 1), (" .25 % ", 0.25), ("0", 0), ("100%", 100)]
 )
 def test_budget(text: str, points: float) -> None:
-    assert parse_budget(text) == points
+    assert points_of(text) == points
 
 
 @pytest.mark.parametrize("text", ["banana", "-1%", "150%", "", "%", "nan", "inf", "1e3", "1,5%", "1%%", "1 2", "²"])
 def test_bad_budget(text: str) -> None:
     with pytest.raises(UserError, match=r"write e\.g\. 1%"):
-        parse_budget(text)
+        points_of(text)
 
 
 def test_top_k_agrees_with_sorting() -> None:

@@ -22,7 +22,8 @@ from tvm_lowrank.bridge.epilogue import epilogue
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.graph import find_sites
-from tvm_lowrank.importers.importer import import_model, parse_input_shape
+from tvm_lowrank.importers.importer import import_model
+from tvm_lowrank.quantities import input_shape as parse_shape
 
 SHARED = {"irregular": ["twice_2"]}  # modules that are called twice
 
@@ -240,12 +241,12 @@ def test_factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_sites(import_model("net:make", input_shape=(1, 3, 4, 4)))
 
 
-def test_parse_input_shape() -> None:
-    assert parse_input_shape("1,3,224,224") == (1, 3, 224, 224)
-    assert parse_input_shape("1x3x32x32") == (1, 3, 32, 32)
+def test_input_shapes_as_text() -> None:
+    assert parse_shape("1,3,224,224") == (1, 3, 224, 224)
+    assert parse_shape("1x3x32x32") == (1, 3, 32, 32)
     for text in ("1,3,224", "a,b,c,d", "", "1,3,-2,4", "1,3,0,4"):
         with pytest.raises(UserError):
-            parse_input_shape(text)
+            parse_shape(text)
 
 
 class Several(nn.Module):

@@ -1,0 +1,1 @@
+"""How is a Relax function run, watched and trained in PyTorch? The entry point is `torch_bridge.TorchBridge`."""

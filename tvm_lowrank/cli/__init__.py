@@ -1,0 +1,1 @@
+"""What does a user type? The entry point is `app.main`."""

@@ -5,7 +5,6 @@ Accuracy is 100 × the mean score; a drop is in points of it. Nothing here knows
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -73,20 +72,6 @@ def paired_drop(
     low = min(drop, max(-1.0, centre - half))
     high = max(drop, min(1.0, centre + half))
     return 100 * drop, (100 * float(low), 100 * float(high))
-
-
-def parse_budget(text: str) -> float:
-    """The accuracy that may be lost, in points: ``1%``, ``0.5%`` or ``1`` (points as well).
-
-    Raises
-    ------
-    UserError
-        If the text is not a number from 0 to 100.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*%?", text.strip(), re.ASCII)
-    if not match or not 0 <= float(match[1]) <= 100:
-        raise UserError(f"budget {text!r} is not a number of points from 0 to 100; write e.g. 1% or 0.5%")
-    return float(match[1])
 
 
 def _top(k: int) -> ScoreFunction:

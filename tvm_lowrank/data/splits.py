@@ -21,7 +21,6 @@ from tvm_lowrank.errors import UserError
 Labelled = tuple[np.ndarray, np.ndarray]
 Stats = Sequence[float] | None
 
-EXAMPLE = "example"
 IN_MEMORY = "in memory"
 NPZ_KEYS = ("calibration_x", "selection_x", "selection_y", "evaluation_x", "evaluation_y")
 
@@ -74,10 +73,10 @@ def load_data(
     scale = scale_of(mean, std, input_shape[0])
     if isinstance(source, Mapping):
         return _from_mapping(source, IN_MEMORY, input_shape, scale, classes)
-    if source is None or str(source) == EXAMPLE:
+    if source is None or str(source) == example.NAME:
         if input_shape != example.INPUT_SHAPE[1:]:
             raise UserError(f"the bundled images are 3x32x32, the model takes {_x(input_shape)}; give --data")
-        return _from_mapping(example.data(), EXAMPLE, input_shape, scale, classes)
+        return _from_mapping(example.data(), example.NAME, input_shape, scale, classes)
     text, path = str(source), Path(source)
     if path.is_dir():
         read: dict[str, Any] = read_folder(path, input_shape=input_shape, classes=classes)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 HERE = Path(__file__).parent
+NAME = "example"  # what reports call the network and the images
 INPUT_SHAPE = (1, 3, 32, 32)
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)

@@ -15,23 +15,9 @@ from tvm.ir import IRModule
 
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.importers.canonical import condense
+from tvm_lowrank.quantities import checked_shape
 
 _REMEDY = "use pkg.module:factory, file.py:factory, model.pt2 or model.onnx"
-
-
-def parse_input_shape(text: str) -> tuple[int, ...]:
-    """``"1,3,224,224"`` (or ``"1x3x224x224"``) as a tuple.
-
-    Raises
-    ------
-    UserError
-        If the text is not four positive integers.
-    """
-    try:
-        shape = tuple(int(part) for part in text.lower().strip("()[] ").replace("x", ",").split(","))
-    except ValueError as error:
-        raise UserError(f"input shape {text!r} is not a list of integers; give N,C,H,W such as 1,3,224,224") from error
-    return _checked_shape(shape)
 
 
 def import_model(source: str | Path | nn.Module, *, input_shape: tuple[int, ...] | None = None) -> IRModule:
@@ -50,7 +36,7 @@ def import_model(source: str | Path | nn.Module, *, input_shape: tuple[int, ...]
         has several outputs, is not float32, has weights that are not finite, or has no convolution.
     """
     if input_shape is not None:
-        input_shape = _checked_shape(input_shape)
+        input_shape = checked_shape(input_shape)
     if isinstance(source, nn.Module):
         return _import_module(source, type(source).__name__, input_shape)
     text = str(source)
@@ -69,12 +55,6 @@ def import_model(source: str | Path | nn.Module, *, input_shape: tuple[int, ...]
     from tvm_lowrank.importers.from_onnx import from_onnx_file
 
     return from_onnx_file(Path(text), input_shape)
-
-
-def _checked_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    if len(shape) != 4 or not all(isinstance(d, int) and d > 0 for d in shape):
-        raise UserError(f"input shape {shape} is not four positive integers; give N,C,H,W such as 1,3,224,224")
-    return tuple(shape)
 
 
 def _import_module(model: nn.Module, name: str, input_shape: tuple[int, ...] | None) -> IRModule:

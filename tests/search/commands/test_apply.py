@@ -16,9 +16,9 @@ from tvm_lowrank.errors import UserError
 from tvm_lowrank.graph import find_sites
 from tvm_lowrank.importers.importer import import_model
 from tvm_lowrank.methods import decompose
+from tvm_lowrank.options import CompileOptions
 from tvm_lowrank.plan import Plan
 from tvm_lowrank.searching.commands.apply import apply_plan
-from tvm_lowrank.searching.commands.run import Request
 from tvm_lowrank.searching.damage import divergence
 from tvm_lowrank.transform import replace_sites
 
@@ -38,13 +38,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def request(folder: Path, **changes: object) -> Request:
+def asked(folder: Path, **changes: object) -> CompileOptions:
     options = {"out": folder / "out", "model": "tvm_lowrank.example:model", "input_shape": (1, 3, 32, 32), "trials": 1}
-    return Request(cache=folder / "cache", **{**options, **changes})  # type: ignore[arg-type]
+    return CompileOptions(cache=folder / "cache", **{**options, **changes})  # type: ignore[arg-type]
 
 
 def test_without_data_synthetic_images_give_the_norm(folder: Path) -> None:
-    manifest = apply_plan(request(folder), folder / "plan.json")
+    manifest = apply_plan(asked(folder), folder / "plan.json")
     assert manifest["accuracy"] is None and manifest["data"] is None and manifest["budget"] is None
     assert {site["id"]: site["method"] for site in manifest["sites"] if site["method"] != "dense"} == {
         name: entry["method"] for name, entry in SITES.items() if entry["method"] != "dense"
@@ -82,10 +82,10 @@ def test_impossible_plans_are_named_before_any_work(folder: Path, sites: dict[st
     path = folder / "bad.json"
     path.write_text(json.dumps({"schema": 1, "sites": sites}))
     with pytest.raises(UserError) as raised:
-        apply_plan(request(folder, out=folder / "none"), path)
+        apply_plan(asked(folder, out=folder / "none"), path)
     assert named in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_missing_plan(folder: Path) -> None:
     with pytest.raises(UserError, match="cannot read plan"):
-        apply_plan(request(folder), folder / "absent.json")
+        apply_plan(asked(folder), folder / "absent.json")

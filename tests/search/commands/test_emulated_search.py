@@ -18,9 +18,9 @@ from torch import nn
 
 import tvm_lowrank
 from support import models
+from tvm_lowrank.options import CompileOptions, ConnectionOptions
 from tvm_lowrank.searching.commands.apply import apply_plan
-from tvm_lowrank.searching.commands.run import Request
-from tvm_lowrank.searching.measure.device import Connection, open_device
+from tvm_lowrank.searching.measure.device import open_device
 from tvm_lowrank.targets.emulate import Boards, emulated
 from tvm_lowrank.targets.profile import load_profile
 
@@ -102,7 +102,7 @@ def test_device_computes_what_this_machine_computes(
     """The same plan, built for this machine: outputs to 1e-4, and the same top-1 on 200 images."""
     here = folder / "here"
     apply_plan(
-        Request(
+        CompileOptions(
             out=here,
             model=str(folder / "model.pt2"),
             data=str(folder / "data.npz"),
@@ -111,7 +111,7 @@ def test_device_computes_what_this_machine_computes(
         ),
         bundle / "plan.json",
     )
-    connection = Connection(f"{boards.host}:{boards.port}", boards.key, emulate=True)
+    connection = ConnectionOptions(rpc_tracker=f"{boards.host}:{boards.port}", rpc_key=boards.key, emulate=True)
     x = images(2)
     monkeypatch.chdir(bundle)  # the processes that talk to the boards run elsewhere
     with open_device(load_profile("arm"), connection, threads=1, cache_dir=folder / "cache") as device:

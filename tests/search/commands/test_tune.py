@@ -25,10 +25,11 @@ from tvm_lowrank.errors import MeasurementError, UserError
 from tvm_lowrank.graph import Site, find_sites
 from tvm_lowrank.importers.importer import import_model
 from tvm_lowrank.methods import ConvSpec
+from tvm_lowrank.options import DEFAULT_METHODS, ProfileOptions
 from tvm_lowrank.plan import Choice
 from tvm_lowrank.searching.candidates import candidates, site_macs
 from tvm_lowrank.searching.commands import tune
-from tvm_lowrank.searching.commands.run import DEFAULT_METHODS, Request
+from tvm_lowrank.searching.commands.inputs import Inputs
 from tvm_lowrank.searching.latency.cache import Entry, KernelCache, Latency, exported
 from tvm_lowrank.searching.latency.convolution import Convolution
 from tvm_lowrank.searching.latency.oracle import LatencyOracle
@@ -110,11 +111,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def profiled(folder: Path) -> dict[str, Any]:
     """The model's profile on this machine, as JSON."""
-    request = Request(
-        out=folder, model=f"{folder / 'net.py'}:build", input_shape=(1, 3, 8, 8), trials=1, cache=folder / "cache"
+    asked = ProfileOptions(
+        model=f"{folder / 'net.py'}:build",
+        input_shape=(1, 3, 8, 8),
+        trials=1,
+        cache=folder / "cache",
+        candidates=2,
+        json=True,
     )
     with redirect_stdout(io.StringIO()) as printed:
-        tune.profile(request, count=2, as_json=True)
+        tune.profile(asked)
     document: dict[str, Any] = json.loads(printed.getvalue())
     return document
 
@@ -339,9 +345,11 @@ def faked(monkeypatch: pytest.MonkeyPatch, cache: Path, bench: FakeBench) -> Non
     """Let `profile` measure with a bench that runs nothing."""
 
     @contextmanager
-    def opened(request: Any, profile: Any) -> Iterator[Any]:
-        oracle = LatencyOracle(profile, cache_dir=cache, trials=request.trials, bench=bench)
-        yield SimpleNamespace(devices=bench, profile=profile, how="measured"), oracle
+    def opened(inputs: Inputs) -> Iterator[Any]:
+        asked, profile = inputs.asked, inputs.profile
+        oracle = LatencyOracle(profile, cache_dir=cache, trials=asked.trials, bench=bench)
+        times = SiteTimes(inputs.mod, inputs.sites, oracle, batch=asked.batch)
+        yield SimpleNamespace(devices=bench, profile=profile, how="measured"), oracle, times
 
     monkeypatch.setattr(tune, "opened", opened)
 

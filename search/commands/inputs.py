@@ -1,0 +1,147 @@
+"""What was asked for, loaded and checked: the same for every command, before any long work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+from tvm.ir import IRModule
+
+from tvm_lowrank import console, example
+from tvm_lowrank.bundle.bundle import find_compiler, prepare_out
+from tvm_lowrank.data.metric import Metric, load_metric
+from tvm_lowrank.data.splits import Splits, load_data, overlaps
+from tvm_lowrank.data.synthetic import dead_leaves
+from tvm_lowrank.data.training_data import load_training, name_of
+from tvm_lowrank.errors import UserError
+from tvm_lowrank.graph import Site, find_sites
+from tvm_lowrank.importers.importer import import_model
+from tvm_lowrank.methods import METHODS
+from tvm_lowrank.options import BundleOptions, ModelOptions, NetworkOptions, ProfileOptions, SearchOptions
+from tvm_lowrank.searching.choose.networks import Training
+from tvm_lowrank.searching.fit.torchrun import Workers
+from tvm_lowrank.searching.journal import JOURNAL
+from tvm_lowrank.searching.latency.oracle import LatencyOracle
+from tvm_lowrank.searching.latency.times import SiteTimes
+from tvm_lowrank.searching.measure.device import Device, check_connection, open_device
+from tvm_lowrank.targets.profile import Profile, load_profile
+from tvm_lowrank.targets.toolchain import cache_folder
+
+SYNTHETIC_IMAGES = 500
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What a command works on.
+
+    ``splits`` is None where the model comes without data or the command looks at no accuracy, ``training`` where there
+    are no labelled batches.
+    """
+
+    asked: NetworkOptions
+    profile: Profile
+    mod: IRModule
+    sites: list[Site]
+    metric: Metric = field(default_factory=load_metric)
+    splits: Splits | None = None
+    training: Training | None = None
+
+
+def load(asked: NetworkOptions, workers: Workers | None = None) -> Inputs:
+    """Load what was asked for. Whatever is wrong with it is found here, what is quickly checked first.
+
+    ``workers`` share the training. Nothing is written, but for the output folder, if there is none.
+
+    Raises
+    ------
+    UserError
+        If an input is bad, the output cannot be written, or something is missing that the work needs.
+    MeasurementError
+        If the device does not answer.
+    """
+    metric, splits, training = load_metric(), None, None
+    profile = load_profile(asked.target)
+    check_connection(profile, asked)
+    if isinstance(asked, ProfileOptions | SearchOptions):
+        _check_methods(asked.methods)
+    if isinstance(asked, BundleOptions):
+        find_compiler()
+        metric = load_metric(asked.metric)
+        prepare_out(asked.folder, force=asked.force or resumes(asked))
+    mod = load_model(asked)
+    if isinstance(asked, BundleOptions) and (asked.model is None or asked.data is not None):
+        splits = _load_splits(asked, mod)
+    if isinstance(asked, SearchOptions) and asked.finetune is not None:
+        training = load_training_of(asked, mod, workers or Workers())
+    return Inputs(asked, profile, mod, find_sites(mod), metric, splits, training)
+
+
+def resumes(asked: BundleOptions) -> bool:
+    """Whether a search goes on with the journal in its folder."""
+    return isinstance(asked, SearchOptions) and asked.resume and (asked.folder / JOURNAL).is_file()
+
+
+def _check_methods(methods: Sequence[str]) -> None:
+    unknown = [name for name in methods if name not in METHODS]
+    if unknown or not methods:
+        raise UserError(f"unknown method {', '.join(unknown) or '(none)'}; known are {', '.join(METHODS)}")
+
+
+def load_model(asked: ModelOptions) -> IRModule:
+    """The canonical module of a model; UserError if it cannot be imported."""
+    if asked.model is not None:
+        return import_model(asked.model, input_shape=asked.input_shape)
+    console.phase("no --model: using the bundled example, a VGG-style CIFAR-10 network")
+    return import_model(example.model(), input_shape=example.INPUT_SHAPE)
+
+
+def _load_splits(asked: BundleOptions, mod: IRModule) -> Splits:
+    """The data, checked against its model's input and output shapes."""
+    if asked.data is None:
+        console.phase("no --data: using the bundled CIFAR-10 images")
+    splits = load_data(asked.data, input_shape=image_shape(mod), mean=asked.mean, std=asked.std, classes=_classes(mod))
+    for message in overlaps(splits):
+        console.warn(message)
+    return splits
+
+
+def load_training_of(asked: SearchOptions, mod: IRModule, workers: Workers) -> Training:
+    """How the networks of a search learn with labels; the first batch is checked."""
+    assert asked.finetune is not None
+    mean, std = asked.mean, asked.std
+    if asked.data is None:
+        mean = std = None  # the example's training data comes normalised
+    batches = load_training(asked.finetune, input_shape=image_shape(mod), mean=mean, std=std, classes=_classes(mod))
+    name = f"{name_of(asked.finetune)}, {asked.epochs} epochs" + (f", {asked.stages} stages" * (asked.stages > 1))
+    return Training(batches, name, asked.epochs, asked.stages, workers, asked.seed)
+
+
+def image_shape(mod: IRModule) -> tuple[int, int, int]:
+    """(C, H, W) of a canonical module's input."""
+    channels, height, width = (int(d) for d in list(mod["main"].params[0].ty.shape)[1:])
+    return channels, height, width
+
+
+def _classes(mod: IRModule) -> int | None:
+    shape = mod["main"].ret_ty.shape
+    return int(shape[-1]) if len(shape) == 2 else None
+
+
+def synthetic_images(mod: IRModule, seed: int) -> np.ndarray:
+    """Images (n, C, H, W) for a model that came without data."""
+    return dead_leaves(image_shape(mod), SYNTHETIC_IMAGES, seed=seed)
+
+
+@contextmanager
+def opened(inputs: Inputs) -> Iterator[tuple[Device, LatencyOracle, SiteTimes]]:
+    """The device, an oracle for it, and the times of the network's sites there."""
+    asked, cache = inputs.asked, cache_folder(inputs.asked.cache)
+    with (
+        open_device(inputs.profile, asked, threads=asked.threads, cache_dir=cache) as device,
+        LatencyOracle(
+            device.profile, cache_dir=cache, trials=asked.trials, threads=asked.threads, bench=device.devices
+        ) as oracle,
+    ):
+        yield device, oracle, SiteTimes(inputs.mod, inputs.sites, oracle, batch=asked.batch)

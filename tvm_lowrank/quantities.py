@@ -1,0 +1,79 @@
+"""Numbers as users write them: on the command line, in a shell script."""
+
+from __future__ import annotations
+
+import re
+
+from tvm_lowrank.errors import UserError
+
+
+def input_shape(text: str) -> tuple[int, ...]:
+    """``"1,3,224,224"`` (or ``"1x3x224x224"``) as a tuple.
+
+    Raises
+    ------
+    UserError
+        If the text is not four positive integers.
+    """
+    try:
+        shape = tuple(int(part) for part in text.lower().strip("()[] ").replace("x", ",").split(","))
+    except ValueError as error:
+        raise UserError(f"input shape {text!r} is not a list of integers; give N,C,H,W such as 1,3,224,224") from error
+    return checked_shape(shape)
+
+
+def checked_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape (N, C, H, W); UserError if it is none."""
+    if len(shape) != 4 or not all(isinstance(d, int) and d > 0 for d in shape):
+        raise UserError(f"input shape {shape} is not four positive integers; give N,C,H,W such as 1,3,224,224")
+    return tuple(shape)
+
+
+def points(text: str) -> float:
+    """The accuracy that may be lost, in points: ``1%``, ``0.5%`` or ``1`` (points as well).
+
+    Raises
+    ------
+    UserError
+        If the text is not a number from 0 to 100.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*%?", text.strip(), re.ASCII)
+    if not match or not 0 <= float(match[1]) <= 100:
+        raise UserError(f"budget {text!r} is not a number of points from 0 to 100; write e.g. 1% or 0.5%")
+    return float(match[1])
+
+
+def milliseconds(text: str) -> float:
+    """A latency in ms: ``5ms``, ``800us``, ``0.005s`` or ``5`` (ms as well).
+
+    Raises
+    ------
+    UserError
+        If the text is not a positive number with one of these units.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*(us|µs|ms|s|)", text.strip(), re.ASCII)
+    if not match or float(match[1]) == 0:
+        raise UserError(f"--max-latency {text!r} is not a time above 0; e.g. 5ms, 800us or 0.005s")
+    value = float(match[1])
+    return {"us": value / 1e3, "µs": value / 1e3, "s": value * 1e3}.get(match[2], value)
+
+
+def seconds(text: str) -> float:
+    """A time limit in seconds: ``600``, ``600s``, ``10m`` or ``2h``; UserError if it is none."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip())
+    if not match:
+        raise UserError(f"--time-limit {text!r} is not a time; e.g. 600, 10m or 2h")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def channels(text: str) -> tuple[float, ...]:
+    """A number for each channel, ``0.485,0.456,0.406``; UserError if it is no such list."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UserError(f"--mean or --std {text!r} is not a list of numbers; e.g. 0.485,0.456,0.406") from error
+
+
+def names(text: str) -> tuple[str, ...]:
+    """A list of names, ``spatial,btd``."""
+    return tuple(name.strip() for name in text.split(","))
