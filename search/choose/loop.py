@@ -9,6 +9,7 @@ budget so far is an answer. Calibration and selection data only; the evaluation 
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -209,12 +210,20 @@ class Search:
         training = self.networks.training
         how = f"{fit}, {training.name}," if fit == "finetuned" and training is not None else fit
 
-        def judge() -> dict[str, float]:
+        def judge() -> dict[str, Any]:
             labels, logits = self.splits.selection[1], self._answers(self.networks(placed.plan, fit))
             before, after = self.metric.scores(self.dense_selection, labels), self.metric.scores(logits, labels)
             drop, interval = paired_drop(before, after)
             error = (interval[1] - interval[0]) / INTERVAL
-            return {"drop": drop, "error": error, "damage": divergence(self.dense_selection, logits)}
+            return {
+                "plan": json.loads(placed.plan.to_json()),
+                "fit": fit,
+                "ms": placed.ms,
+                "predicted": placed.predicted,
+                "damage": divergence(self.dense_selection, logits),
+                "drop": drop,
+                "error": error,
+            }
 
         doing = "fine-tuning plans" if fit == "finetuned" else "fitting and evaluating plans"
         with console.timed(self.seconds, doing):
@@ -224,6 +233,14 @@ class Search:
         if placed.plan:
             self._rate.learn(network, result.counted)
         return result
+
+    def tried(self) -> list[dict[str, Any]]:
+        """The manifest's ``plans``: all that the journal has as evaluated; what each is expected to lose, all tell."""
+        rows = [row for row in self.journal.of_kind("evaluation").values() if row["plan"]["sites"]]
+        rate, counted = Rate(), [Counted(row["damage"], row["drop"], row["error"]) for row in rows]
+        for row, own in zip(rows, counted, strict=True):
+            rate.learn(f"{row['fit']} {row['plan']}", own)
+        return [{**row, "expected": rate.expected(own)} for row, own in zip(rows, counted, strict=True)]
 
     def expected_drop(self, result: Evaluated) -> float:
         """Points that a network loses, by all that was evaluated so far; the end of the interval if `confident`."""

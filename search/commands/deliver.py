@@ -150,8 +150,8 @@ def describe(
 def explain(
     search: Search, plan: Plan, delivery: Delivery, why: Callable[[Site, Choice], str] | None = None
 ) -> dict[str, Any]:
-    """`describe` a plan that a search found, with what it considered; ``why`` takes the place of its `reason`."""
-    return describe(
+    """`describe` a plan that a search found, with what it considered and tried; ``why`` replaces its `reason`."""
+    described = describe(
         plan,
         search.sites,
         search.times,
@@ -160,6 +160,7 @@ def explain(
         reason=why or partial(reason, search),
         offers=offers(search, plan),
     )
+    return {**described, "plans": search.tried()}
 
 
 def write_bundle(folder: Path, plan: Plan, network: IRModule, manifest: Mapping[str, Any]) -> dict[str, Any]:

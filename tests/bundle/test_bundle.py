@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -24,6 +25,8 @@ SHAPE = (BATCH, 3, 4, 4)
 rng = np.random.default_rng(0)
 WEIGHT = rng.normal(size=(48, 5)).astype("float32")
 NOISE = rng.normal(size=(48, 5)).astype("float32") * 0.4
+COUNTED = {"ms": 1.5, "predicted": 0.01, "damage": 0.02, "drop": 1, "error": 0.4, "expected": 0.9}
+TRIED = {"plan": {"schema": 1, "sites": {}}, "fit": "refitted", **COUNTED}
 
 
 def compiled(weight: np.ndarray) -> Any:
@@ -196,7 +199,12 @@ def test_manifest_is_stable_and_readable(finished: Path) -> None:
 def test_manifest_of_a_careless_caller_is_refused(finished: Path, copy: Path) -> None:
     good = {key: value for key, value in bundle.read_manifest(finished).items() if key not in ("schema", "files")}
     (copy / "manifest.json").unlink()
-    for change in ({"accuracy": {"metric": "top1"}}, {"speedup": float("nan")}, {"sites": [{"id": "a"}]}):
+    for change in (
+        {"accuracy": {"metric": "top1"}},
+        {"speedup": float("nan")},
+        {"sites": [{"id": "a"}]},
+        {"plans": [{**TRIED, "ms": None}]},
+    ):
         with pytest.raises(ValueError):
             bundle.write_manifest(copy, {**good, **change})
     with pytest.raises(TypeError, match="ndarray"):
@@ -234,6 +242,17 @@ def test_bad_manifests(copy: Path, text: str | None, message: str) -> None:
         ({"accuracy": 3}, "no 'metric' in 'accuracy'"),
         ({"sites": [{"id": "conv7"}]}, "no 'method' in site 'conv7'"),
         ({"sites": None}, "no list of 'sites'"),
+        ({"plans": None}, "no list of 'plans'"),
+        ({"plans": {"a": TRIED}}, "no list of 'plans'"),
+        ({"plans": [TRIED, "b"]}, "no list of 'plans'"),
+        ({"plans": [TRIED, {}]}, "no valid 'plan' in plan 2"),
+        ({"plans": [{**TRIED, "plan": Plan().to_json()}]}, "no valid 'plan' in plan 1"),
+        ({"plans": [{**TRIED, "fit": 1}]}, "no valid 'fit' in plan 1"),
+        ({"plans": [{**TRIED, "ms": "1.5"}]}, "no valid 'ms' in plan 1"),
+        ({"plans": [TRIED, {**TRIED, "damage": None}]}, "no valid 'damage' in plan 2"),
+        ({"plans": [{**TRIED, "drop": math.nan}]}, "no valid 'drop' in plan 1"),
+        ({"plans": [{**TRIED, "error": -math.inf}]}, "no valid 'error' in plan 1"),
+        ({"plans": [{**TRIED, "expected": 10**400}]}, "no valid 'expected' in plan 1"),
         ({"input_shape": [3, 4, 4]}, "input_shape"),
         ({"files": {"model.so": "0"}}, "is not the file"),
     ],

@@ -10,6 +10,8 @@ became of every site; ``model.pt2`` and ``model.onnx`` are the compressed networ
     latency_ms: {dense: {median, p10, p90, predicted}, compressed: {…}, threads, batch, how}, speedup,
     sites: [{id, method, rank, ms, dense_ms, macs, dense_macs, reason,
              offers: [{method, rank, ms, nats, measured, cost}]}],
+    plans (of searches with data): [{plan (as in plan.json), fit, ms (sum of its sites), predicted, damage (nats),
+             drop, error, expected (points: counted, their standard error, by the damage)}], in order of evaluation,
     seconds: {phase: s of the last run}, files: {name: SHA-256}
 """
 
@@ -23,6 +25,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -58,6 +61,10 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "files": ("model.so",),
 }
 SITE_KEYS = ("id", "method", "rank", "ms", "dense_ms", "macs", "dense_macs", "reason")
+PLAN_KEYS = {"plan": Mapping, "fit": str} | dict.fromkeys(
+    ("ms", "predicted", "damage", "drop", "error", "expected"), Real
+)
+LARGEST = 1e300  # a plan's numbers are finite, and charts have room for them
 
 
 def prepare_out(out: Path, *, force: bool = False) -> Path:
@@ -318,6 +325,14 @@ def _missing_key(manifest: Mapping[str, Any]) -> str | None:
         for name in SITE_KEYS:
             if name not in site:
                 return f"{name!r} in site {site.get('id', '?')!r}"
+    plans = manifest.get("plans", [])  # not in every bundle
+    if not isinstance(plans, list) or not all(isinstance(plan, Mapping) for plan in plans):
+        return "list of 'plans'"
+    for number, plan in enumerate(plans, 1):
+        for name, kind in PLAN_KEYS.items():
+            value = plan.get(name)
+            if not isinstance(value, kind) or (isinstance(value, Real) and not abs(value) < LARGEST):
+                return f"valid {name!r} in plan {number}"
     return None
 
 

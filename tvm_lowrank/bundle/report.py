@@ -91,7 +91,8 @@ def tried(journal: Path) -> list[Tried]:
             if plan is not None and Plan.from_json(plan):
                 fit = key.removesuffix(plan).split(",")[0].strip()
                 place = placed[plan]
-                found.append(Tried(plan, fit, place["ms"], predicted=place["predicted"], **value))
+                counted = {name: value[name] for name in ("drop", "error", "damage")}
+                found.append(Tried(plan, fit, place["ms"], predicted=place["predicted"], **counted))
     return found
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tvm_lowrank.data.metric import load_metric
 from tvm_lowrank.plan import Choice, Plan
 from tvm_lowrank.searching.choose.drops import POWER, RATE, Rate
 from tvm_lowrank.searching.choose.loop import FIRST_LIMIT, LEAST_LIMIT, MOST_EVALUATIONS, Evaluated, Placed, Search
+from tvm_lowrank.searching.journal import Journal
 
 IMAGES = 1000
 
@@ -110,3 +116,66 @@ def test_when_nothing_keeps_the_budget() -> None:
 
 def test_less_than_half_an_image_is_nothing() -> None:
     assert Landscape(0.0, 30.0).found()
+
+
+MILD, STRONG = Plan({"conv<2>": Choice("tucker2", (16, 32))}), Plan({"conv<2>": Choice("cp3", 24)})
+
+
+class Evaluating(Search):
+    """A search whose networks are nothing but their noise."""
+
+    def __init__(self, journal: Journal, training: str | None) -> None:
+        networks: Any = lambda plan, fit: (plan, fit)  # noqa: E731
+        networks.training = None if training is None else SimpleNamespace(name=training)
+        self.networks, self.journal, self.metric = networks, journal, load_metric()
+        self.mod: Any = (Plan(), "")
+        splits: Any = SimpleNamespace(selection=(None, np.arange(IMAGES) % 10))
+        self.splits = splits
+        self.seconds, self._rate = {}, Rate()
+
+    def _answers(self, mod: Any) -> np.ndarray:
+        plan, fit = mod
+        noise = {"": 0.0, "refitted": 0.4, "reconstructed": 0.3, "finetuned": 0.35}[fit] * (1 + (plan == STRONG))
+        return 3 * np.eye(10)[np.arange(IMAGES) % 10] + noise * np.random.default_rng(0).standard_normal((IMAGES, 10))
+
+
+@contextmanager
+def evaluating(path: Path, training: str | None = None) -> Iterator[Evaluating]:
+    journal = Journal(path, {})
+    yield Evaluating(journal, training)
+    journal.close()
+
+
+def test_what_was_tried_is_known_to_a_search_that_is_resumed(tmp_path: Path) -> None:
+    """With what each plan is expected to lose by all that were evaluated; what labels change is in the keys."""
+    mild, strong = Placed(MILD, 0.01, 0.012, 1.25), Placed(STRONG, 0.02, 0.02, 0.9)
+    with evaluating(tmp_path / "j") as search:
+        assert search.tried() == []
+        search.evaluate(Placed(Plan(), 0.001, 0.0, 2.0), "refitted")
+        found = [search.evaluate(mild, "refitted"), search.evaluate(mild, "reconstructed")]
+        first = search.tried()
+    with evaluating(tmp_path / "j", "/a b/{net}.py:batches, 2 epochs") as search:
+        assert search.tried() == first
+        found.append(search.evaluate(strong, "finetuned"))
+        search.evaluate(Placed(MILD, 0.015, 0.012, 1.25), "refitted")
+        rows = search.tried()
+    with evaluating(tmp_path / "j") as search:
+        assert search.tried() == rows
+    rate = Rate()
+    for number, own in enumerate(found):
+        rate.learn(str(number), own.counted)
+    assert rows == [
+        {
+            "plan": json.loads(own.plan.to_json()),
+            "fit": own.fit,
+            "ms": own.ms,
+            "predicted": own.predicted,
+            "damage": own.damage,
+            "drop": own.drop,
+            "error": own.error,
+            "expected": rate.expected(own.counted),
+        }
+        for own in found
+    ]
+    assert 0 < rows[1]["damage"] < rows[0]["damage"] < rows[2]["damage"] and rows[2]["drop"] > 0
+    assert first[0]["expected"] != rows[0]["expected"], "the last plan has not made the rate better known"

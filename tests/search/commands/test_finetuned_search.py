@@ -77,6 +77,9 @@ def test_labels_go_on_where_a_search_without_ended(folder: Path, without: dict[s
     assert all(line["key"].startswith("finetuned") for line in after[len(before) :]) and len(after) > len(before)
     found = manifest(folder, "out")
     assert found["accuracy"]["looks"] >= without["accuracy"]["looks"] and found["accuracy"]["drop"] <= 5
+    plans, earlier = ([{**own, "expected": None} for own in each["plans"]] for each in (found, without))
+    assert plans[: len(earlier)] == earlier and {own["fit"] for own in plans[len(earlier) :]} == {"finetuned"}
+    assert (folder / "out" / "report.html").read_text().count("<svg") == 3
     for kind in ("run", "probe", "plan", "evaluation", "look"):
         assert max(Counter(line["key"] for line in entries(folder, "out", kind)).values()) == 1
     again = search(folder, "--out", "out", "--resume", *LABELS, "--stages", "2")

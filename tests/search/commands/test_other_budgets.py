@@ -108,6 +108,7 @@ def test_most_accurate_within_a_latency(folder: Path, run: Run) -> None:
     )
     assert any(site["method"] == "channel" for site in manifest["sites"]) and manifest["speedup"] > 1
     assert manifest["accuracy"]["looks"] == 1 and manifest["accuracy"]["drop"] < 60
+    assert manifest["plans"] == [], "the selection split decides nothing here"
     assert run("verify", "within", cwd=folder).returncode == 0
 
     before = (folder / "within" / "journal.jsonl").read_text()
@@ -138,23 +139,34 @@ def test_frontier(folder: Path, run: Run) -> None:
     assert times == sorted(times, reverse=True) and times[0] < table["dense"]["ms"]
     assert drops == sorted(drops) and drops[-1] <= 50
     assert table["looks"] == len(rows) and len(done.stdout.splitlines()) > len(rows)
-    images = np.load(folder / "data.npz")["evaluation_x"]
+    images, tried = np.load(folder / "data.npz")["evaluation_x"], []
     for row in rows:
         bundle = folder / "front" / row["bundle"]
         manifest = json.loads((bundle / "manifest.json").read_text())
         assert manifest["budget"] is None and manifest["accuracy"]["looks"] == len(rows)
         assert manifest["latency_ms"]["compressed"]["median"] == row["ms"]
+        plan = json.loads((bundle / "plan.json").read_text())
+        assert row["selection_drop"] in [own["drop"] for own in manifest["plans"] if own["plan"] == plan]
+        assert (bundle / "report.html").read_text().count("<svg") == 3
+        tried.append(manifest["plans"])
         assert tvm_lowrank.load(bundle)(images[:3]).shape == (3, 10)
     assert run("verify", "front/1", cwd=folder).returncode == 0
     bench = run("bench", "front/1", "--rounds", "2", "--cache", "cache", cwd=folder)
     assert bench.returncode == 0 and "compressed" in bench.stdout, bench.stderr
 
     before = (folder / "front" / "journal.jsonl").read_text()
+    evaluated = [line["value"] for line in map(json.loads, before.splitlines()) if line["kind"] == "evaluation"]
+    assert all(own == tried[0] for own in tried) and len(tried[0]) > 1
+    assert [(own["plan"], own["fit"]) for own in tried[0]] == [
+        (own["plan"], own["fit"]) for own in evaluated if own["plan"]["sites"]
+    ]
     assert max(Counter((line["kind"], line["key"]) for line in map(json.loads, before.splitlines())).values()) == 1
     (folder / "front" / "frontier.json").unlink()
     assert search(run, folder, *arguments, "--resume").returncode == 0
     assert (folder / "front" / "journal.jsonl").read_text() == before
     assert json.loads((folder / "front" / "frontier.json").read_text())["bundles"] == rows
+    for row in rows:
+        assert json.loads((folder / "front" / row["bundle"] / "manifest.json").read_text())["plans"] == tried[0]
 
     kernels = [line for path in (folder / "cache").rglob("kernels.jsonl") for line in lines(path)]
     assert max(Counter(line["key"] for line in kernels).values()) == 1
