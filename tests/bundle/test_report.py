@@ -1,4 +1,4 @@
-"""The report: what it takes from manifest and journal, and that the page is whole."""
+"""The report: what it takes from the manifest, and that the page is whole."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 
 from support.command import Run
 from tvm_lowrank.bundle.bundle import write_manifest
-from tvm_lowrank.bundle.report import Tried, pareto, render, tried, write_report
+from tvm_lowrank.bundle.report import pareto, render, write_report
 from tvm_lowrank.plan import Choice, Plan
 
 CHOSEN = Plan({"conv<2>": Choice("tucker2", (16, 32))})
@@ -68,8 +69,18 @@ def manifest(**changes: Any) -> dict[str, Any]:
         "speedup": 4.0,
         "sites": [site("conv<2>", "tucker2", [16, 32], 0.25), site("fc", "dense", None, 1.0)],
         "seconds": {"tuning kernels": 75.4, "fitting and evaluating plans": 410.0},
+        "plans": [
+            tried(CHOSEN, "refitted", 1.25, drop=1.4, predicted=0.012, damage=0.015),
+            tried(CHOSEN, "reconstructed", 1.25, drop=0.7, predicted=0.012, damage=0.011),
+            tried(OTHER, "finetuned", 0.9, drop=2.0, predicted=0.02, damage=0.03),
+        ],
         **changes,
     }
+
+
+def tried(plan: Plan, fit: str, ms: float, *, drop: float, predicted: float, damage: float) -> dict[str, Any]:
+    counted = {"predicted": predicted, "damage": damage, "drop": drop, "error": 0.4, "expected": 1.1 * drop}
+    return {"plan": json.loads(plan.to_json()), "fit": fit, "ms": ms, **counted}
 
 
 @pytest.fixture
@@ -77,30 +88,7 @@ def bundle(tmp_path: Path) -> Path:
     (tmp_path / "model.so").write_bytes(b"code")
     (tmp_path / "plan.json").write_text(CHOSEN.to_json())
     write_manifest(tmp_path, manifest())
-    entries = [
-        ("run", "header", {"model": "x"}),
-        ("plan", "0.01", {"plan": CHOSEN.to_json(), "predicted": 0.012, "ms": 1.25}),
-        ("plan", "0.02", {"plan": OTHER.to_json(), "predicted": 0.02, "ms": 0.9}),
-        ("evaluation", f"refitted {CHOSEN.to_json()}", {"drop": 1.4, "error": 0.4, "damage": 0.015}),
-        ("evaluation", f"reconstructed {CHOSEN.to_json()}", {"drop": 0.7, "error": 0.4, "damage": 0.011}),
-        (
-            "evaluation",
-            f"finetuned, /a b/{{net}}.py:batches, 2 epochs, {OTHER.to_json()}",
-            {"drop": 2.0, "error": 0.4, "damage": 0.03},
-        ),
-    ]
-    lines = [json.dumps({"kind": kind, "key": key, "value": value}) for kind, key, value in entries]
-    (tmp_path / "journal.jsonl").write_text("\n".join(lines) + "\n")
     return tmp_path
-
-
-def test_plans_of_a_journal(bundle: Path) -> None:
-    assert tried(bundle / "journal.jsonl") == [
-        Tried(CHOSEN.to_json(), "refitted", 1.25, 1.4, 0.4, 0.012, 0.015),
-        Tried(CHOSEN.to_json(), "reconstructed", 1.25, 0.7, 0.4, 0.012, 0.011),
-        Tried(OTHER.to_json(), "finetuned", 0.9, 2.0, 0.4, 0.02, 0.03),
-    ]
-    assert tried(bundle / "none.jsonl") == []
 
 
 class Page(HTMLParser):
@@ -157,22 +145,38 @@ def test_the_page_says_what_was_measured_and_needs_no_network(bundle: Path) -> N
         ElementTree.fromstring("<svg" + part[: part.index("</svg>")] + "</svg>")
 
 
-def test_without_data_and_without_a_journal() -> None:
+def test_without_data() -> None:
     sites = [{key: value for key, value in site("fc", "dense", None, 1.0).items() if key != "offers"}]
     changes = {"accuracy": None, "data": None, "budget": None, "versions": {"python": "3.11"}, "sites": sites}
-    page = render(manifest(**changes), [], Plan().to_json())
-    assert "accuracy was not measured" in page and page.count("<svg") == 1 and "considered" not in page
+    for plans in (manifest()["plans"], []):
+        page = render(manifest(**changes, plans=plans))
+        assert "accuracy was not measured" in page and page.count("<svg") == 1 and "considered" not in page
 
 
-def test_a_bundle_of_a_frontier_has_the_journal_above(bundle: Path) -> None:
-    inner = bundle / "1"
+def test_a_bundle_whose_manifest_has_no_plans(bundle: Path) -> None:
+    """One of `decompose` or `compile`, or of an earlier version."""
+    for changes in ({"plans": []}, {}):
+        write_manifest(bundle, {**{key: value for key, value in manifest().items() if key != "plans"}, **changes})
+        page = write_report(bundle).read_text()
+        assert page.count("<svg") == 1 and "0.23 to 1.47" in " ".join(page.split())
+
+
+def test_a_bundle_alone_tells_everything(bundle: Path, tmp_path: Path) -> None:
+    """Neither the search nor what it left behind is needed, which for a frontier is in the folder above."""
+    inner = tmp_path / "1"
     inner.mkdir()
-    for name in ("model.so", "plan.json", "manifest.json"):
+    for name in ("model.so", "manifest.json"):
         shutil.copy(bundle / name, inner / name)
-    assert write_report(inner).read_text().count("<svg") == 1, "the journal above is that of another search"
-    text = (bundle / "journal.jsonl").read_text()
-    (bundle / "journal.jsonl").write_text(text.replace('{"model": "x"}', '{"model": "x", "frontier": true}'))
-    assert write_report(inner).read_text().count("<svg") == 3
+    (bundle / "journal.jsonl").write_text("{\n")
+    code = """
+import sys, pathlib, tvm_lowrank.bundle.report as report
+report.write_report(pathlib.Path(sys.argv[1]))
+sys.exit(any(name.startswith("tvm_lowrank.searching") for name in sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code, inner], cwd=inner, check=False)
+    assert done.returncode == 0
+    assert (inner / "report.html").read_text() == write_report(bundle).read_text()
+    assert (inner / "report.html").read_text().count("<svg") == 3
 
 
 MEASURE = """<script>
@@ -205,17 +209,25 @@ def test_a_browser_shows_it(bundle: Path, tmp_path: Path, width: int, dark: bool
 
 def test_emulated_times_are_marked() -> None:
     latency = {**manifest()["latency_ms"], "how": "emulated"}
-    page = render(manifest(latency_ms=latency, versions={"python": "3.11"}), [], CHOSEN.to_json())
+    page = render(manifest(latency_ms=latency, versions={"python": "3.11"}))
     assert "say nothing about a real device" in page
 
 
 def test_the_best_fit_of_the_chosen_plan_is_marked() -> None:
     plans = [
-        Tried(CHOSEN.to_json(), fit, 1.0, drop, 0.4, 0.01, 0.01)
+        tried(CHOSEN, fit, 1.0, drop=drop, predicted=0.01, damage=0.01)
         for fit, drop in (("refitted", 2.0), ("finetuned", 0.5))
     ]
-    svg = pareto(plans, CHOSEN.to_json(), 1.0)
+    svg = pareto(plans, manifest()["sites"], 1.0)
     assert "chosen" in svg and "fine-tuned" in svg and "budget" in svg
+    for other in ([], [site("conv<2>", "tucker2", [16, 24], 0.25)]):
+        assert "chosen" not in pareto(plans, other, 1.0)
+
+
+def test_what_was_expected_is_shown() -> None:
+    sites, plans = manifest()["sites"], manifest()["plans"]
+    unexpected = [{**plan, "expected": plan["drop"]} for plan in plans]
+    assert pareto(plans, sites, 1.0) == pareto(manifest()["plans"], sites, 1.0) != pareto(unexpected, sites, 1.0)
 
 
 def test_the_commands(bundle: Path, run: Run) -> None:
@@ -223,6 +235,8 @@ def test_the_commands(bundle: Path, run: Run) -> None:
     assert done.returncode == 0 and "report.html" in done.stdout
     done = run("compare", bundle, bundle, cwd=bundle)
     assert done.returncode == 0 and "speed-up" in done.stdout and "tucker2 [16, 32], 0.250 ms" in done.stdout
-    (bundle / "journal.jsonl").write_text("{\n")
+    text = (bundle / "manifest.json").read_text()
+    (bundle / "manifest.json").write_text(text.replace('"fit": "reconstructed"', '"fit": null'))
     done = run("report", bundle, cwd=bundle)
-    assert done.returncode == 2 and "line 1 is damaged; delete that line" in done.stderr
+    assert done.returncode == 2 and "manifest.json has no valid 'fit' in plan 2; restore it" in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -247,7 +247,7 @@ def package(
 
 @app.command()
 def report(directory: Bundle) -> None:
-    """Make a bundle's report.html again, from its manifest and the journal of its search."""
+    """Make a bundle's report.html again, from its manifest."""
     from tvm_lowrank.bundle.report import write_report
 
     print(f"report: {write_report(directory)}")
