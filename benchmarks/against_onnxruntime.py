@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=50)
     args = parser.parse_args()
 
-    from tvm_lowrank.bundle.bundle import read_manifest
+    from tvm_lowrank.bundle.manifest import read_manifest
 
     manifest = read_manifest(args.bundle)
     threads = int(manifest["latency_ms"]["threads"])

@@ -372,7 +372,7 @@ def _chains(bench: Bench, mod: Any, plans: Any, shape: Sequence[int] | None, dat
 
 def networks(bench: Bench) -> Iterator[str]:
     """Dense networks beside other runtimes."""
-    from tvm_lowrank.bundle.bundle import CompiledModel
+    from tvm_lowrank.bundle.library import CompiledModel
     from tvm_lowrank.codegen.lower import build, kernels, lower
 
     yield f"{'network':12s} {'runtime':14s} {'median ms':>10s} {'p10':>8s} {'p90':>8s} {'tuned in s':>11s}"

@@ -20,7 +20,7 @@ import numpy as np
 import tvm
 from tvm import relax, rpc, te
 
-from tvm_lowrank.bundle.bundle import export_library
+from tvm_lowrank.codegen.link import export_library
 from tvm_lowrank.codegen.lower import build, lower
 from tvm_lowrank.targets import tracker
 from tvm_lowrank.targets.profile import Profile

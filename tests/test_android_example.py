@@ -18,7 +18,7 @@ import pytest
 import tvm_lowrank
 from support import packaged_network
 from tvm_lowrank import Choice
-from tvm_lowrank.bundle.bundle import Which
+from tvm_lowrank.bundle.library import Which
 from tvm_lowrank.bundle.package import package
 
 ANDROID = Path(__file__).resolve().parents[1] / "examples" / "android"

@@ -10,7 +10,7 @@ mod = tvm_lowrank.DecomposeConv2D(plan)(mod)   # the pass alone, in a TVM pipeli
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from tvm_lowrank.bundle.bundle import CompiledModel, load
+from tvm_lowrank.bundle.library import CompiledModel, load
 from tvm_lowrank.errors import MeasurementError, UserError
 
 if TYPE_CHECKING:

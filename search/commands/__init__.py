@@ -1,1 +1,1 @@
-"""What does a user call? Each command has a file; `inputs.load` is where all of them begin, `deliver` where bundles end."""
+"""What does a user call? Each command has a file. All begin with `inputs.load`; bundles are written by `deliver`."""

@@ -14,11 +14,12 @@ from tvm.ir import IRModule
 from tvm_lowrank import console
 from tvm_lowrank.bridge.calibrate import predict
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
-from tvm_lowrank.bundle.bundle import evaluate, export_library, read_manifest, write_manifest
+from tvm_lowrank.bundle.manifest import read_manifest, write_manifest
 from tvm_lowrank.bundle.portable import write_portable
 from tvm_lowrank.bundle.report import write_report
+from tvm_lowrank.codegen.link import export_library
 from tvm_lowrank.codegen.lower import build, kernels, lower
-from tvm_lowrank.data.metric import Metric, accuracy, paired_drop
+from tvm_lowrank.data.metric import Metric, accuracy, evaluate, paired_drop
 from tvm_lowrank.data.splits import Splits, fingerprint
 from tvm_lowrank.errors import MeasurementError
 from tvm_lowrank.files import copy, write_text

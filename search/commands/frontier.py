@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from tvm_lowrank import console
-from tvm_lowrank.bundle.bundle import FILES, MANIFEST
+from tvm_lowrank.bundle.manifest import FILES, MANIFEST
 from tvm_lowrank.bundle.report import REPORT
 from tvm_lowrank.errors import TimeUp
 from tvm_lowrank.files import copy, write_text

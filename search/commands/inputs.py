@@ -10,7 +10,8 @@ import numpy as np
 from tvm.ir import IRModule
 
 from tvm_lowrank import console, example
-from tvm_lowrank.bundle.bundle import find_compiler, prepare_out
+from tvm_lowrank.bundle.manifest import prepare_out
+from tvm_lowrank.codegen.link import find_compiler
 from tvm_lowrank.data.metric import Metric, load_metric
 from tvm_lowrank.data.splits import Splits, load_data, overlaps
 from tvm_lowrank.data.synthetic import dead_leaves

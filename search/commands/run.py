@@ -16,7 +16,7 @@ import numpy as np
 import tvm
 
 from tvm_lowrank import console
-from tvm_lowrank.bundle.bundle import FILES, MANIFEST, read_manifest
+from tvm_lowrank.bundle.manifest import FILES, MANIFEST, read_manifest
 from tvm_lowrank.bundle.report import REPORT
 from tvm_lowrank.data.splits import Splits
 from tvm_lowrank.errors import UserError

@@ -1,1 +1,1 @@
-"""How is something run on a device? The entry point is `device.open_device`: this machine, or boards, behind one face."""
+"""How is something run on a device, be it this machine or boards? The entry point is `device.open_device`."""

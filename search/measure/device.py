@@ -12,7 +12,8 @@ from typing import Protocol
 import numpy as np
 
 from tvm_lowrank import console
-from tvm_lowrank.bundle.bundle import CompiledModel, read_manifest
+from tvm_lowrank.bundle.library import CompiledModel
+from tvm_lowrank.bundle.manifest import read_manifest
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.options import ConnectionOptions
 from tvm_lowrank.searching.measure.bench import Devices

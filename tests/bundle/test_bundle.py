@@ -13,7 +13,7 @@ import tvm
 from tvm import relax
 
 from tvm_lowrank.bundle import bundle, verify
-from tvm_lowrank.bundle.bundle import CompiledModel
+from tvm_lowrank.bundle.library import CompiledModel
 from tvm_lowrank.data.metric import accuracy, load_metric, paired_drop
 from tvm_lowrank.data.splits import fingerprint, load_data
 from tvm_lowrank.errors import UserError

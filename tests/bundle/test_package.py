@@ -19,7 +19,7 @@ import tvm_lowrank
 from support import arm_python, packaged_network
 from tvm_lowrank.bridge.calibrate import predict
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
-from tvm_lowrank.bundle.bundle import sha256
+from tvm_lowrank.bundle.manifest import sha256
 from tvm_lowrank.bundle.package import package
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.importers.importer import import_model

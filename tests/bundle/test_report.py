@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from support.command import Run
-from tvm_lowrank.bundle.bundle import write_manifest
+from tvm_lowrank.bundle.manifest import write_manifest
 from tvm_lowrank.bundle.report import pareto, render, write_report
 from tvm_lowrank.plan import Choice, Plan
 

@@ -15,7 +15,8 @@ import tempfile
 from pathlib import Path
 
 from tvm_lowrank import console
-from tvm_lowrank.bundle.bundle import MANIFEST, PORTABLE, library, prepare_out, read_manifest, sha256
+from tvm_lowrank.bundle.library import library
+from tvm_lowrank.bundle.manifest import MANIFEST, PORTABLE, prepare_out, read_manifest, sha256
 from tvm_lowrank.errors import MeasurementError, UserError
 from tvm_lowrank.files import copy, write_text
 

@@ -15,7 +15,7 @@ from tvm.ir import IRModule
 
 from tvm_lowrank import console
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
-from tvm_lowrank.bundle.bundle import PORTABLE
+from tvm_lowrank.bundle.manifest import PORTABLE
 from tvm_lowrank.data.reference import summary
 from tvm_lowrank.files import replaced
 

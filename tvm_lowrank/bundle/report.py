@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tvm_lowrank.bundle.bundle import read_manifest
+from tvm_lowrank.bundle.manifest import read_manifest
 from tvm_lowrank.files import write_text
 
 if TYPE_CHECKING:

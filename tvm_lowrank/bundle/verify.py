@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from tvm_lowrank.bundle.bundle import CompiledModel, Which, evaluate, library, read_manifest
+from tvm_lowrank.bundle.library import CompiledModel, Which, library
+from tvm_lowrank.bundle.manifest import read_manifest
 from tvm_lowrank.console import phase, table
-from tvm_lowrank.data.metric import accuracy, load_metric, paired_drop
+from tvm_lowrank.data.metric import accuracy, evaluate, load_metric, paired_drop
 from tvm_lowrank.data.splits import IN_MEMORY, Stats, fingerprint, load_data
 from tvm_lowrank.errors import UserError
 

@@ -259,7 +259,7 @@ def compare(
     second: Annotated[Path, typer.Argument(help="The folder of another one.")],
 ) -> None:
     """Set two bundles side by side: latency, accuracy, and what became of each layer."""
-    from tvm_lowrank.bundle.bundle import read_manifest
+    from tvm_lowrank.bundle.manifest import read_manifest
     from tvm_lowrank.bundle.verify import print_comparison
 
     print_comparison({str(path): read_manifest(path) for path in (first, second)})

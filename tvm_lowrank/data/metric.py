@@ -11,6 +11,7 @@ from statistics import NormalDist
 
 import numpy as np
 
+from tvm_lowrank import console
 from tvm_lowrank.data.reference import absolute, is_reference, load_object, summary
 from tvm_lowrank.errors import UserError
 
@@ -72,6 +73,25 @@ def paired_drop(
     low = min(drop, max(-1.0, centre - half))
     high = max(drop, min(1.0, centre + half))
     return 100 * drop, (100 * float(low), 100 * float(high))
+
+
+def evaluate(
+    model: Callable[[np.ndarray], np.ndarray],
+    images: np.ndarray,
+    labels: np.ndarray,
+    metric: Metric,
+    *,
+    description: str = "accuracy",
+    chunk: int = 64,
+) -> np.ndarray:
+    """The metric's score of each image, float64 (n,); ``model`` maps float32 (m, C, H, W) to outputs (m, …)."""
+    scores = []
+    with console.progress(description, len(images)) as advance:
+        for start in range(0, len(images), chunk):
+            part = slice(start, start + chunk)
+            scores.append(metric.scores(model(images[part]), labels[part]))
+            advance(len(labels[part]))
+    return np.concatenate(scores)
 
 
 def _top(k: int) -> ScoreFunction:

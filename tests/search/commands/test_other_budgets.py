@@ -14,7 +14,7 @@ import torch
 
 import tvm_lowrank
 from support.command import Run
-from tvm_lowrank.bundle.bundle import REQUIRED
+from tvm_lowrank.bundle.manifest import REQUIRED
 from tvm_lowrank.data.reference import load_object
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.quantities import milliseconds

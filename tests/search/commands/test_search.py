@@ -17,7 +17,7 @@ import pytest
 
 import tvm_lowrank
 from tvm_lowrank import example
-from tvm_lowrank.bundle.bundle import REQUIRED, SITE_KEYS
+from tvm_lowrank.bundle.manifest import REQUIRED, SITE_KEYS
 
 MODEL = ("--model", "tvm_lowrank.example:model", "--input-shape", "1,3,32,32")
 IMAGES = 120

@@ -1,4 +1,4 @@
-"""The bundle: the directory that is shipped, written piece by piece, read and run again.
+"""The manifest of a bundle, which is the directory that is shipped: written piece by piece, then read again.
 
 ``model.so`` (compressed) and ``dense.so`` have one function ``main(x)`` for a fixed batch; ``plan.json`` says what
 became of every site; ``model.pt2`` and ``model.onnx`` are the compressed network for other tools;
@@ -19,29 +19,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
-import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import numpy as np
 
-from tvm_lowrank.console import progress
-from tvm_lowrank.data.metric import Metric
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.files import write_text
 
-if TYPE_CHECKING:
-    from tvm.runtime import Executable
-
 SCHEMA = 1
 MANIFEST = "manifest.json"
-Which = Literal["model", "dense"]
 PORTABLE = ("model.pt2", "model.onnx")
 FILES = ("model.so", "dense.so", "plan.json", *PORTABLE)
 
@@ -89,45 +81,6 @@ def prepare_out(out: Path, *, force: bool = False) -> Path:
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror}; choose another --out") from error
     return out
-
-
-def find_compiler(cc: str | None = None) -> str:
-    """The C++ compiler that links libraries: ``cc``, or the one that TVM finds.
-
-    Raises
-    ------
-    UserError
-        If there is none.
-    """
-    from tvm.support.cc import get_cc
-
-    compiler = cc or get_cc()
-    if compiler is None or shutil.which(compiler.split()[0]) is None:
-        missing = compiler or "g++, clang++ or cc"
-        raise UserError(f"no C++ compiler ({missing}) to link the library; install one, e.g. the package g++")
-    return str(compiler)
-
-
-def export_library(executable: Executable, path: Path, *, cc: str | None = None, options: Sequence[str] = ()) -> None:
-    """Link a compiled module to the shared library ``path``; ``cc`` is the C++ compiler of the target.
-
-    Raises
-    ------
-    UserError
-        If no compiler is found, or linking or writing fails.
-    """
-    compiler = find_compiler(cc)
-    try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-            linked = Path(folder) / path.name
-            executable.export_library(str(linked), cc=compiler, options=list(options))
-            os.replace(linked, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; make room or choose another --out") from error
-    except RuntimeError as error:  # the compiler's output
-        lines = str(error).strip().splitlines()
-        why = next((line for line in lines if "error" in line.lower() and "Compilation error" not in line), lines[-1])
-        raise UserError(f"{compiler} cannot link {path.name}: {why}; check the compiler") from error
 
 
 def versions() -> dict[str, str]:
@@ -191,122 +144,6 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     if not (directory / "model.so").is_file():
         raise UserError(f"{directory} has no model.so; run the search again")
     return manifest
-
-
-class CompiledModel:
-    """A compiled library as a function of numpy arrays.
-
-    Call it with float32 (n, C, H, W), any n >= 1: it runs the library as often as its fixed batch asks for and pads
-    the last run. Returns the library's output, float32 (n, …).
-    """
-
-    def __init__(
-        self, path: Path, input_shape: tuple[int, int, int, int], *, manifest: Mapping[str, Any] | None = None
-    ) -> None:
-        """``input_shape`` is the library's (N, C, H, W). Raises UserError if the library cannot be loaded."""
-        self.path = path
-        self.input_shape = input_shape
-        self.manifest = dict(manifest or {})
-        self._main = _open_library(path)
-
-    def __call__(self, x: np.ndarray) -> np.ndarray:
-        """Raises UserError if ``x`` has another type or shape."""
-        batch, *image = self.input_shape
-        wanted = f"a float32 numpy array of shape (n, {', '.join(map(str, image))})"
-        if not isinstance(x, np.ndarray):
-            raise UserError(f"{self.path.name} takes {wanted}, not {type(x).__name__}; convert it first")
-        if x.dtype != np.float32 or x.ndim != 4 or list(x.shape[1:]) != image or not len(x):
-            raise UserError(f"{self.path.name} takes {wanted}, not {x.dtype} {x.shape}; convert it first")
-        outputs = []
-        for start in range(0, len(x), batch):
-            part = np.ascontiguousarray(x[start : start + batch])
-            missing = batch - len(part)
-            padded = np.pad(part, ((0, missing), (0, 0), (0, 0), (0, 0))) if missing else part
-            outputs.append(self._main(padded)[: len(part)])
-        return np.concatenate(outputs)
-
-
-def load(directory: str | Path, *, which: Which = "model", threads: int | None = None) -> CompiledModel:
-    """Load a bundle's compressed model, or with ``which="dense"`` the tuned original.
-
-    ``threads`` sets the number of TVM's worker threads for the whole process; None leaves it as it is
-    (``TVM_NUM_THREADS``, or one per core).
-
-    Raises
-    ------
-    UserError
-        If the bundle is incomplete, damaged, or built for another kind of machine.
-    """
-    folder = Path(directory)
-    manifest = read_manifest(folder)
-    path = library(folder, manifest, which)
-    if threads is not None:
-        if threads < 1:
-            raise UserError(f"{threads} threads are not possible; give at least 1")
-        import tvm
-
-        # TVM binds the calling thread to one core, and with it every thread that torch or numpy start later
-        cores = os.sched_getaffinity(0)
-        tvm.get_global_func("runtime.config_threadpool")(1, threads)
-        os.sched_setaffinity(0, cores)
-    batch, channels, height, width = manifest["input_shape"]
-    return CompiledModel(path, (batch, channels, height, width), manifest=manifest)
-
-
-def library(directory: Path, manifest: Mapping[str, Any], which: Which = "model") -> Path:
-    """The path of one of a bundle's libraries, which is the file that the manifest describes.
-
-    Raises
-    ------
-    UserError
-        If it is missing or another file.
-    """
-    path = directory / f"{which}.so"
-    if not path.is_file():
-        raise UserError(f"{directory} has no {path.name}; run the search again")
-    # the loader does not survive a truncated library: look before it does
-    if sha256(path) != manifest["files"].get(path.name):
-        raise UserError(f"{path} is not the file that {MANIFEST} describes; copy the bundle or run the search again")
-    return path
-
-
-def evaluate(
-    model: Callable[[np.ndarray], np.ndarray],
-    images: np.ndarray,
-    labels: np.ndarray,
-    metric: Metric,
-    *,
-    description: str = "accuracy",
-    chunk: int = 64,
-) -> np.ndarray:
-    """The metric's score of each image, float64 (n,); ``model`` maps float32 (m, C, H, W) to outputs (m, …)."""
-    scores = []
-    with progress(description, len(images)) as advance:
-        for start in range(0, len(images), chunk):
-            part = slice(start, start + chunk)
-            scores.append(metric.scores(model(images[part]), labels[part]))
-            advance(len(labels[part]))
-    return np.concatenate(scores)
-
-
-def _open_library(path: Path) -> Callable[[np.ndarray], np.ndarray]:
-    import tvm
-    import tvm_ffi
-    from tvm import relax
-
-    try:
-        # The system's loader answers a path that it has seen in this process with the library that was there then,
-        # even if another one has taken its place. A link with a new name makes it look (tvm.runtime.load_module
-        # would resolve the link).
-        with tempfile.TemporaryDirectory() as folder:
-            link = Path(folder) / path.name
-            link.symlink_to(path.resolve())
-            machine = relax.VirtualMachine(tvm_ffi.load_module(str(link)), tvm.cpu())
-        main = machine["main"]
-    except Exception as error:  # TVM's errors have no common base; dlopen's are among them
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot load {path}: {first}; is it built for this kind of machine?") from error
-    return lambda x: main(tvm.runtime.tensor(x)).numpy()
 
 
 def _missing_key(manifest: Mapping[str, Any]) -> str | None:

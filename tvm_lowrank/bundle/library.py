@@ -1,0 +1,113 @@
+"""A bundle's libraries, run again: as functions of numpy arrays."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from tvm_lowrank.bundle.manifest import MANIFEST, read_manifest, sha256
+from tvm_lowrank.errors import UserError
+
+Which = Literal["model", "dense"]
+
+
+class CompiledModel:
+    """A compiled library as a function of numpy arrays.
+
+    Call it with float32 (n, C, H, W), any n >= 1: it runs the library as often as its fixed batch asks for and pads
+    the last run. Returns the library's output, float32 (n, …).
+    """
+
+    def __init__(
+        self, path: Path, input_shape: tuple[int, int, int, int], *, manifest: Mapping[str, Any] | None = None
+    ) -> None:
+        """``input_shape`` is the library's (N, C, H, W). Raises UserError if the library cannot be loaded."""
+        self.path = path
+        self.input_shape = input_shape
+        self.manifest = dict(manifest or {})
+        self._main = _open_library(path)
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """Raises UserError if ``x`` has another type or shape."""
+        batch, *image = self.input_shape
+        wanted = f"a float32 numpy array of shape (n, {', '.join(map(str, image))})"
+        if not isinstance(x, np.ndarray):
+            raise UserError(f"{self.path.name} takes {wanted}, not {type(x).__name__}; convert it first")
+        if x.dtype != np.float32 or x.ndim != 4 or list(x.shape[1:]) != image or not len(x):
+            raise UserError(f"{self.path.name} takes {wanted}, not {x.dtype} {x.shape}; convert it first")
+        outputs = []
+        for start in range(0, len(x), batch):
+            part = np.ascontiguousarray(x[start : start + batch])
+            missing = batch - len(part)
+            padded = np.pad(part, ((0, missing), (0, 0), (0, 0), (0, 0))) if missing else part
+            outputs.append(self._main(padded)[: len(part)])
+        return np.concatenate(outputs)
+
+
+def load(directory: str | Path, *, which: Which = "model", threads: int | None = None) -> CompiledModel:
+    """Load a bundle's compressed model, or with ``which="dense"`` the tuned original.
+
+    ``threads`` sets the number of TVM's worker threads for the whole process; None leaves it as it is
+    (``TVM_NUM_THREADS``, or one per core).
+
+    Raises
+    ------
+    UserError
+        If the bundle is incomplete, damaged, or built for another kind of machine.
+    """
+    folder = Path(directory)
+    manifest = read_manifest(folder)
+    path = library(folder, manifest, which)
+    if threads is not None:
+        if threads < 1:
+            raise UserError(f"{threads} threads are not possible; give at least 1")
+        import tvm
+
+        # TVM binds the calling thread to one core, and with it every thread that torch or numpy start later
+        cores = os.sched_getaffinity(0)
+        tvm.get_global_func("runtime.config_threadpool")(1, threads)
+        os.sched_setaffinity(0, cores)
+    batch, channels, height, width = manifest["input_shape"]
+    return CompiledModel(path, (batch, channels, height, width), manifest=manifest)
+
+
+def library(directory: Path, manifest: Mapping[str, Any], which: Which = "model") -> Path:
+    """The path of one of a bundle's libraries, which is the file that the manifest describes.
+
+    Raises
+    ------
+    UserError
+        If it is missing or another file.
+    """
+    path = directory / f"{which}.so"
+    if not path.is_file():
+        raise UserError(f"{directory} has no {path.name}; run the search again")
+    # the loader does not survive a truncated library: look before it does
+    if sha256(path) != manifest["files"].get(path.name):
+        raise UserError(f"{path} is not the file that {MANIFEST} describes; copy the bundle or run the search again")
+    return path
+
+
+def _open_library(path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    import tvm
+    import tvm_ffi
+    from tvm import relax
+
+    try:
+        # The system's loader answers a path that it has seen in this process with the library that was there then,
+        # even if another one has taken its place. A link with a new name makes it look (tvm.runtime.load_module
+        # would resolve the link).
+        with tempfile.TemporaryDirectory() as folder:
+            link = Path(folder) / path.name
+            link.symlink_to(path.resolve())
+            machine = relax.VirtualMachine(tvm_ffi.load_module(str(link)), tvm.cpu())
+        main = machine["main"]
+    except Exception as error:  # TVM's errors have no common base; dlopen's are among them
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"cannot load {path}: {first}; is it built for this kind of machine?") from error
+    return lambda x: main(tvm.runtime.tensor(x)).numpy()

@@ -1,0 +1,52 @@
+"""From compiled code to a shared library."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from tvm.runtime import Executable
+
+from tvm_lowrank.errors import UserError
+
+
+def find_compiler(cc: str | None = None) -> str:
+    """The C++ compiler that links libraries: ``cc``, or the one that TVM finds.
+
+    Raises
+    ------
+    UserError
+        If there is none.
+    """
+    from tvm.support.cc import get_cc
+
+    compiler = cc or get_cc()
+    if compiler is None or shutil.which(compiler.split()[0]) is None:
+        missing = compiler or "g++, clang++ or cc"
+        raise UserError(f"no C++ compiler ({missing}) to link the library; install one, e.g. the package g++")
+    return str(compiler)
+
+
+def export_library(executable: Executable, path: Path, *, cc: str | None = None, options: Sequence[str] = ()) -> None:
+    """Link a compiled module to the shared library ``path``; ``cc`` is the C++ compiler of the target.
+
+    Raises
+    ------
+    UserError
+        If no compiler is found, or linking or writing fails.
+    """
+    compiler = find_compiler(cc)
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
+            linked = Path(folder) / path.name
+            executable.export_library(str(linked), cc=compiler, options=list(options))
+            os.replace(linked, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; make room or choose another --out") from error
+    except RuntimeError as error:  # the compiler's output
+        lines = str(error).strip().splitlines()
+        why = next((line for line in lines if "error" in line.lower() and "Compilation error" not in line), lines[-1])
+        raise UserError(f"{compiler} cannot link {path.name}: {why}; check the compiler") from error
