@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from tvm_lowrank.methods.algebra import mode_dot
 from tvm_lowrank.methods.balance import balance
 from tvm_lowrank.methods.btd_solver import Blocks, checked, solve
 from tvm_lowrank.methods.chain import ConvSpec, Rank, compose
@@ -100,7 +101,7 @@ class BlockTermFactors:
         parts: tuple[list[np.ndarray], ...] = ([], [], [])
         for kernel, blocks in zip(self.kernels, found, strict=True):
             parts[0].extend((kernel.channels @ inputs).T for inputs in blocks.inputs)
-            parts[1].append(np.einsum("btps,pq->btsq", blocks.cores, kernel.taps))
+            parts[1].append(mode_dot(blocks.cores, kernel.taps, 2, transpose=True).transpose(0, 1, 3, 2))
             parts[2].append(blocks.outputs.transpose(1, 0, 2))
         specs = chain_specs(self.spec, rank)
         weights = tuple(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from tvm_lowrank.methods.algebra import multi_mode_dot, unfold
 from tvm_lowrank.methods.chain import Rank
 from tvm_lowrank.methods.tucker2 import as_numbers, hooi, leading, widen
 
@@ -143,9 +144,9 @@ def deflate(tensor: np.ndarray, rank: tuple[int, int, int]) -> Blocks:
     terms = []
     for _ in range(blocks):
         p, a, _ = hooi(left, (inner // blocks, outer // blocks), tolerance=1e-3)
-        core = np.einsum("ncp,nt,cs->tps", left, p, a, optimize=True)
-        left = left - np.einsum("nt,tps,cs->ncp", p, core, a, optimize=True)
-        terms.append((p, a, core))
+        core = multi_mode_dot(left, (p, a), modes=(0, 1), transpose=True)  # (t, s, p)
+        left = left - multi_mode_dot(core, (p, a), modes=(0, 1))
+        terms.append((p, a, core.transpose(0, 2, 1)))
     outputs, inputs, cores = (np.stack(parts) for parts in zip(*terms, strict=True))
     return Blocks(outputs, inputs, cores, (float(np.sum(left**2)),))
 
@@ -160,9 +161,8 @@ def scatter(tensor: np.ndarray, rank: tuple[int, int, int], seed: int) -> Blocks
         mixes = rng.standard_normal((blocks, basis.shape[1], total // blocks))
         return np.stack([basis @ np.linalg.qr(mix)[0] for mix in mixes])
 
-    by_input = tensor.transpose(1, 0, 2).reshape(tensor.shape[1], -1)
     cores = np.zeros((blocks, outer // blocks, tensor.shape[2], inner // blocks))
-    outputs, inputs = factors(tensor.reshape(len(tensor), -1), outer), factors(by_input, inner)
+    outputs, inputs = factors(unfold(tensor, 0), outer), factors(unfold(tensor, 1), inner)
     return Blocks(outputs, inputs, cores, (float(np.sum(tensor**2)),))
 
 
@@ -175,7 +175,7 @@ def adapt(tensor: np.ndarray, known: Blocks, rank: tuple[int, int, int]) -> Bloc
         by_output, by_input = core.reshape(len(core), -1), core.reshape(-1, core.shape[2])
         turned = p @ leading(by_output @ by_output.T, len(core))[1], a @ leading(by_input.T @ by_input, a.shape[1])[1]
         wider = widen(turned[0], missed, outer // blocks), widen(turned[1], missed.transpose(1, 0, 2), inner // blocks)
-        terms.append((*wider, np.einsum("tu,ups,sv->tpv", wider[0].T @ p, core, a.T @ wider[1], optimize=True)))
+        terms.append((*wider, multi_mode_dot(core, (wider[0].T @ p, wider[1].T @ a), modes=(0, 2))))
     outputs, inputs, cores = (np.stack(parts) for parts in zip(*terms, strict=True))
     start = Blocks(outputs, inputs, cores, ())
     return replace(start, errors=(float(np.sum((tensor - start.kernel()) ** 2)),))

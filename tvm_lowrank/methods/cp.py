@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from tvm_lowrank.methods.algebra import mode_dot
 from tvm_lowrank.methods.chain import ConvSpec, Rank, as_int, compose
 from tvm_lowrank.methods.cp_als import Report, start, with_best_first
 from tvm_lowrank.methods.cp_solver import affordable, climb, solve
@@ -90,7 +91,7 @@ class Format:
                 [] if moments is None else [square_roots(part) for part in _margins(moments.covariance[group], shape)]
             )
             for mode, (root, _) in enumerate(roots, 1):
-                tensor = np.moveaxis(np.tensordot(root, tensor, (1, mode)), 0, mode)
+                tensor = mode_dot(tensor, root, mode)
             length = np.linalg.norm(tensor)
             tensors.append(tensor / (length if length > 0 else 1.0))
             undo.append((np.eye(shape[0]) * length, *(inverse for _, inverse in roots)))

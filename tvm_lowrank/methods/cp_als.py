@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from scipy import linalg
 
+from tvm_lowrank.methods.algebra import unfold
 from tvm_lowrank.methods.cp_terms import TINY, balanced, khatri_rao, mttkrps, split, squared, tensor_of
 
 Report = Callable[[int, float], None]
@@ -56,7 +57,7 @@ def start(tensor: np.ndarray, rank: int, rng: np.random.Generator, *, hosvd: boo
     for mode, size in enumerate(tensor.shape):
         factor = rng.standard_normal((size, rank)).astype(tensor.dtype)
         if hosvd:
-            unfolded = np.moveaxis(tensor, mode, 0).reshape(size, -1)
+            unfolded = unfold(tensor, mode)
             vectors = np.linalg.eigh(unfolded @ unfolded.T)[1][:, ::-1][:, :rank]
             factor[:, : vectors.shape[1]] = vectors
         factors.append(factor / np.linalg.norm(factor, axis=0))

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from tvm_lowrank.methods.algebra import unfold
+
 TINY = 1e-30
 
 
@@ -67,7 +69,7 @@ def exact(tensor: np.ndarray) -> np.ndarray:
     rest = [size for other, size in enumerate(shape) if other != mode]
     units = iter(np.indices(rest).reshape(len(rest), -1))
     factors = [
-        np.moveaxis(tensor, m, 0).reshape(size, -1) if m == mode else np.eye(size, dtype=tensor.dtype)[:, next(units)]
+        unfold(tensor, m) if m == mode else np.eye(size, dtype=tensor.dtype)[:, next(units)]
         for m, size in enumerate(shape)
     ]
     return balanced(np.concatenate(factors), shape)

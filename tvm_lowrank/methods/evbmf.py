@@ -13,6 +13,8 @@ import math
 import numpy as np
 from scipy import optimize
 
+from tvm_lowrank.methods.algebra import unfold
+
 FLOOR = 1e-14  # of the largest squared singular value: what rounding makes of a zero
 
 
@@ -65,7 +67,7 @@ def suggest_ranks(weight: np.ndarray, *, weakening: float = 0.0) -> tuple[int, i
         raise ValueError(f"weakening {weakening} is outside 0..1")
     if weight.ndim != 4:
         raise ValueError(f"expected an OIHW weight, got shape {weight.shape}")
-    unfolded = np.moveaxis(weight, 1, 0).reshape(weight.shape[1], -1), weight.reshape(len(weight), -1)
+    unfolded = unfold(weight, 1), unfold(weight, 0)
     found, full = [evbmf_rank(matrix) for matrix in unfolded], [min(matrix.shape) for matrix in unfolded]
     inner, outer = (max(1, round(few + weakening * (all_ - few))) for few, all_ in zip(found, full, strict=True))
     return inner, outer

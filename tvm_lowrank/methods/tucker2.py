@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from scipy import linalg
 
+from tvm_lowrank.methods.algebra import mode_dot
 from tvm_lowrank.methods.balance import balance
 from tvm_lowrank.methods.chain import ConvSpec, Rank, chain_macs
 from tvm_lowrank.methods.moments import Moments, grouped, lifted_cholesky, output_power, square_roots
@@ -171,9 +172,7 @@ def regress(
     """
     out, (inner, count) = len(matrix), inputs.shape
     if covariance is None:
-        solved = cross = np.einsum("ncp,ck->nkp", matrix.reshape(out, inner, -1), inputs, optimize=True).reshape(
-            out, -1
-        )
+        solved = cross = mode_dot(matrix.reshape(out, inner, -1), inputs, 1, transpose=True).reshape(out, -1)
         gram = np.eye(cross.shape[1])
     else:
         half = (inputs.T @ covariance.reshape(inner, -1)).reshape(-1, len(covariance))  # (R3*p, C*p)
