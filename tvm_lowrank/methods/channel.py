@@ -42,7 +42,7 @@ class ChannelFactors:
     def weights(self, rank: Rank) -> tuple[np.ndarray, ...]:
         """OIHW weights of the chain's two convolutions."""
         cut = self.basis[:, :, : as_int(rank)]
-        inner = np.einsum("gnr,gnd->grd", cut, self.matrices)
+        inner = cut.swapaxes(1, 2) @ self.matrices
         first, second = chain_specs(self.spec, rank)
         return inner.reshape(first.weight_shape), cut.reshape(second.weight_shape)
 
