@@ -164,7 +164,7 @@ def factorise(
 
 
 def _unfolded(array: np.ndarray, spec: ConvSpec, axes: str) -> np.ndarray:
-    """Columns (..., D) as (..., A, B)."""
+    """Columns (..., D) as (..., A, B); tensorly's matricize has no batch axes."""
     sizes = spec.weight_shape[1:]
     array = array.reshape(*array.shape[:-1], *sizes)
     front = array.ndim - 3
