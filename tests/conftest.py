@@ -23,6 +23,7 @@ PACKAGES = {
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs(program, ...): programs of the distribution that a test runs")
+    config.addinivalue_line("markers", "slow: a search, a training, or more than some seconds of anything else")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -21,6 +21,8 @@ from tvm_lowrank import Choice
 from tvm_lowrank.bundle.library import Which
 from tvm_lowrank.bundle.package import package
 
+pytestmark = pytest.mark.slow
+
 ANDROID = Path(__file__).resolve().parents[1] / "examples" / "android"
 MAIN = ANDROID / "app" / "src" / "main"
 NAMESPACE = "org.tvmlowrank.example"

@@ -56,6 +56,7 @@ def same(out: Path, net: nn.Module, *, tolerance: float = 1e-4) -> bool:
     return bool(np.max(np.abs(tvm_lowrank.load(out)(images.numpy()) - expected)) < tolerance * np.max(np.abs(expected)))
 
 
+@pytest.mark.slow
 def test_compile_builds_the_network_as_it_is(options: dict[str, Any], tmp_path: Path) -> None:
     net, out = options["model"], tmp_path / "out"
     manifest = tvm_lowrank.compile(**options, data=splits(net), out=str(out))
@@ -65,6 +66,7 @@ def test_compile_builds_the_network_as_it_is(options: dict[str, Any], tmp_path: 
     assert manifest["model"] == "Sequential" and manifest["data"]["source"] == "in memory"
 
 
+@pytest.mark.slow
 def test_decompose_with_a_mapping_or_a_file(options: dict[str, Any], tmp_path: Path) -> None:
     manifest = tvm_lowrank.decompose(**options, plan=PLAN, out=tmp_path / "one")
     assert [site["method"] for site in manifest["sites"]] == ["dense", "spatial", "dense"]
@@ -83,6 +85,7 @@ def test_decompose_with_a_mapping_or_a_file(options: dict[str, Any], tmp_path: P
         tvm_lowrank.decompose(**options, plan={"conv9": Choice("spatial", 6)}, out=tmp_path / "three")
 
 
+@pytest.mark.slow
 def test_a_constrained_network_is_compiled(options: dict[str, Any], tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = tvm_lowrank.constrain(options["model"], PLAN, batch_norm=False).eval()
@@ -90,6 +93,7 @@ def test_a_constrained_network_is_compiled(options: dict[str, Any], tmp_path: Pa
     assert same(tmp_path, net)
 
 
+@pytest.mark.slow
 def test_search_with_everything_in_memory(options: dict[str, Any], tmp_path: Path) -> None:
     net, epochs = options["model"], []
 

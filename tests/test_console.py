@@ -24,6 +24,7 @@ def test_bars_are_silent_when_not_on_a_terminal(capsys: pytest.CaptureFixture[st
 
 def test_bars_may_be_nested_and_end_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
+    monkeypatch.setattr(console, "_plans", [])  # those of other tests would leave no room for the bars
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(
         console, "messages", Console(file=screen, force_terminal=True, force_interactive=True, width=80)
@@ -46,6 +47,7 @@ def test_plans_are_lines_or_a_table_above_the_bars(
     line = "plan 1: convolutions 2.00x faster, selection drop +0.25 points, kept\n"
     assert capsys.readouterr().err == line
     screen = io.StringIO()
+    monkeypatch.setattr(console, "_plans", [])  # those of other tests would leave no room for the bars
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(
         console, "messages", Console(file=screen, force_terminal=True, force_interactive=True, width=80)

@@ -64,6 +64,7 @@ def execute(block: Block, folder: Path) -> None:
     assert done.returncode == 0, f"the block in line {block.line}:\n{done.stdout}\n{done.stderr}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
 def test_a_tutorial_works_as_it_is_printed(page: Path, tmp_path: Path) -> None:
     for block in blocks(page):

@@ -70,6 +70,7 @@ def random_moments(spec: ConvSpec, rng: np.random.Generator) -> Moments:
     return Moments(mean, centred.transpose(0, 2, 1) @ centred / columns.shape[1])
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     geometries(),
@@ -111,6 +112,7 @@ def test_equals_convolution_with_composed_kernel(
     np.testing.assert_allclose(got, expected, atol=2e-5 * max(1.0, np.abs(expected).max()))
 
 
+@pytest.mark.slow
 def test_full_rank_keeps_the_function_and_names_stay() -> None:
     rng = np.random.default_rng(0)
     spec = ConvSpec(4, 6, (3, 3), strides=(2, 1), padding=(0, 1, 1, 0))

@@ -214,6 +214,7 @@ def compiled(mods: dict[str, IRModule]) -> relax.VirtualMachine:
     return relax.VirtualMachine(tvm.compile(mod, target), tvm.cpu())
 
 
+@pytest.mark.slow
 def test_operators_mean_what_they_mean_to_tvm() -> None:
     mods = {name: module(build, shape) for name, (build, shape) in OPS.items()}
     machine = compiled(mods)

@@ -240,6 +240,7 @@ def test_bad_start_is_said() -> None:
         tvm_lowrank.constrain(net, SMALL, initialise="weights")
 
 
+@pytest.mark.slow
 def test_trained_exported_and_compiled(tmp_path: Path) -> None:
     """A constrained network learns, and its library computes what torch does, with the batch-norms folded."""
     net, losses = trained(tvm_lowrank.constrain(small(), SMALL), 30)
@@ -261,6 +262,7 @@ def test_trained_exported_and_compiled(tmp_path: Path) -> None:
         np.testing.assert_allclose(got, net(x).detach().numpy(), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_package_imports_torch_only_when_needed() -> None:
     script = (
         "import sys, tvm_lowrank\n"
@@ -285,6 +287,7 @@ def macs(net: nn.Module) -> int:
     return sum(site.macs for site in find_sites(import_model(net, input_shape=(1, 3, 32, 32))))
 
 
+@pytest.mark.slow
 def test_network_in_network(networks: ModuleType) -> None:
     dense = networks.nin()
     assert macs(dense) == 222_486_528
@@ -295,6 +298,7 @@ def test_network_in_network(networks: ModuleType) -> None:
     assert plain(random(2, 3, 32, 32)).shape == lowrank(random(2, 3, 32, 32)).shape == (2, 10)
 
 
+@pytest.mark.slow
 def test_resnet20(networks: ModuleType) -> None:
     net = networks.resnet20()
     assert sum(p.numel() for p in net.parameters()) == 272_474

@@ -12,9 +12,11 @@ import pytest
 import tvm
 from tvm import relax
 
-from tvm_lowrank.bundle import bundle, verify
+from tvm_lowrank.bundle import library, verify
 from tvm_lowrank.bundle.library import CompiledModel
-from tvm_lowrank.data.metric import accuracy, load_metric, paired_drop
+from tvm_lowrank.bundle.manifest import prepare_out, read_manifest, write_manifest
+from tvm_lowrank.codegen.link import export_library
+from tvm_lowrank.data.metric import accuracy, evaluate, load_metric, paired_drop
 from tvm_lowrank.data.splits import fingerprint, load_data
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.files import write_text
@@ -86,17 +88,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a complete bundle and the data that it names."""
     root = tmp_path_factory.mktemp("finished")
     write_data(root / "data.npz")
-    out = bundle.prepare_out(root / "bundle")
-    bundle.export_library(compiled(WEIGHT + NOISE), out / "model.so")
-    bundle.export_library(compiled(WEIGHT), out / "dense.so")
+    out = prepare_out(root / "bundle")
+    export_library(compiled(WEIGHT + NOISE), out / "model.so")
+    export_library(compiled(WEIGHT), out / "dense.so")
     write_text(out / "plan.json", Plan({"conv[1]": Choice("spatial", 16)}).to_json())
     splits = load_data(root / "data.npz", input_shape=(3, 4, 4))
     metric = load_metric("top1")
     dense, compressed = (
-        bundle.evaluate(CompiledModel(out / name, SHAPE), *splits.evaluation, metric)
-        for name in ("dense.so", "model.so")
+        evaluate(CompiledModel(out / name, SHAPE), *splits.evaluation, metric) for name in ("dense.so", "model.so")
     )
-    bundle.write_manifest(out, manifest(splits, dense, compressed))
+    write_manifest(out, manifest(splits, dense, compressed))
     return out
 
 
@@ -118,17 +119,17 @@ def one_line(error: pytest.ExceptionInfo[UserError]) -> None:
 
 
 def test_out_is_created_and_empty_is_fine(tmp_path: Path) -> None:
-    assert bundle.prepare_out(tmp_path / "new").is_dir()
-    bundle.prepare_out(tmp_path / "new")
+    assert prepare_out(tmp_path / "new").is_dir()
+    prepare_out(tmp_path / "new")
     assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_out_keeps_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="not empty; use --force") as error:
-        bundle.prepare_out(tmp_path)
+        prepare_out(tmp_path)
     one_line(error)
-    bundle.prepare_out(tmp_path, force=True)
+    prepare_out(tmp_path, force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -141,7 +142,7 @@ def test_out_that_cannot_be(tmp_path: Path) -> None:
     ]
     for out, message in places:
         with pytest.raises(UserError, match=message) as error:
-            bundle.prepare_out(out, force=True)
+            prepare_out(out, force=True)
         one_line(error)
 
 
@@ -149,7 +150,7 @@ def test_out_that_cannot_be(tmp_path: Path) -> None:
 def test_out_without_permission(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match="cannot write to"):
-        bundle.prepare_out(tmp_path)
+        prepare_out(tmp_path)
 
 
 def test_text_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,13 +174,13 @@ def test_linking_needs_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("false", "false cannot link"),
     ):
         with pytest.raises(UserError, match=message) as error:
-            bundle.export_library(executable, tmp_path / "model.so", cc=compiler)
+            export_library(executable, tmp_path / "model.so", cc=compiler)
         one_line(error)
     for name in ("CXX", "CC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="no C\\+\\+ compiler"):
-        bundle.export_library(executable, tmp_path / "model.so")
+        export_library(executable, tmp_path / "model.so")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -188,7 +189,7 @@ def test_linking_needs_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_manifest_is_stable_and_readable(finished: Path) -> None:
     text = (finished / "manifest.json").read_text()
-    read = bundle.read_manifest(finished)
+    read = read_manifest(finished)
     assert text == json.dumps(read, indent=2, sort_keys=True) + "\n"
     assert read["schema"] == 1 and read["speedup"] == 1.5
     assert set(read["files"]) == {"model.so", "dense.so", "plan.json"}
@@ -197,7 +198,7 @@ def test_manifest_is_stable_and_readable(finished: Path) -> None:
 
 
 def test_manifest_of_a_careless_caller_is_refused(finished: Path, copy: Path) -> None:
-    good = {key: value for key, value in bundle.read_manifest(finished).items() if key not in ("schema", "files")}
+    good = {key: value for key, value in read_manifest(finished).items() if key not in ("schema", "files")}
     (copy / "manifest.json").unlink()
     for change in (
         {"accuracy": {"metric": "top1"}},
@@ -206,9 +207,9 @@ def test_manifest_of_a_careless_caller_is_refused(finished: Path, copy: Path) ->
         {"plans": [{**TRIED, "ms": None}]},
     ):
         with pytest.raises(ValueError):
-            bundle.write_manifest(copy, {**good, **change})
+            write_manifest(copy, {**good, **change})
     with pytest.raises(TypeError, match="ndarray"):
-        bundle.write_manifest(copy, {**good, "speedup": np.ones(2)})
+        write_manifest(copy, {**good, "speedup": np.ones(2)})
     assert not (copy / "manifest.json").exists()
 
 
@@ -231,7 +232,7 @@ def test_bad_manifests(copy: Path, text: str | None, message: str) -> None:
     else:
         path.write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match=message) as error:
-        bundle.read_manifest(copy)
+        read_manifest(copy)
     one_line(error)
 
 
@@ -260,29 +261,29 @@ def test_bad_manifests(copy: Path, text: str | None, message: str) -> None:
 def test_edited_manifests(copy: Path, changes: dict[str, Any], message: str) -> None:
     edit(copy, **changes)
     with pytest.raises(UserError, match=message) as error:
-        bundle.load(copy)
+        library.load(copy)
     one_line(error)
 
 
 def test_missing_and_damaged_libraries(copy: Path) -> None:
     with pytest.raises(UserError, match="no such bundle"):
-        bundle.load(copy / "elsewhere")
+        library.load(copy / "elsewhere")
     (copy / "dense.so").unlink()
-    bundle.load(copy)
+    library.load(copy)
     with pytest.raises(UserError, match=r"has no dense\.so"):
-        bundle.load(copy, which="dense")
+        library.load(copy, which="dense")
     content = (copy / "model.so").read_bytes()
     (copy / "model.so").unlink()  # it is loaded: changing its content would crash this process
     (copy / "model.so").write_bytes(content[:-1])
     with pytest.raises(UserError, match="is not the file"):
-        bundle.load(copy)
+        library.load(copy)
     (copy / "model.so").write_text("no library")
     with pytest.raises(UserError, match="cannot load") as error:
         CompiledModel(copy / "model.so", SHAPE)
     one_line(error)
     (copy / "model.so").unlink()
     with pytest.raises(UserError, match=r"has no model\.so"):
-        bundle.load(copy)
+        library.load(copy)
 
 
 # running
@@ -291,8 +292,9 @@ def test_missing_and_damaged_libraries(copy: Path) -> None:
 @pytest.mark.parametrize("n", [1, 2, 5])
 def test_any_number_of_images(finished: Path, n: int) -> None:
     x = rng.normal(size=(n, 3, 4, 4)).astype("float32")
-    np.testing.assert_allclose(bundle.load(finished, which="dense")(x), x.reshape(n, 48) @ WEIGHT, rtol=1e-4, atol=1e-4)
-    model = bundle.load(str(finished), threads=1)
+    dense = library.load(finished, which="dense")
+    np.testing.assert_allclose(dense(x), x.reshape(n, 48) @ WEIGHT, rtol=1e-4, atol=1e-4)
+    model = library.load(str(finished), threads=1)
     strided = np.asfortranarray(x)
     np.testing.assert_allclose(model(strided), x.reshape(n, 48) @ (WEIGHT + NOISE), rtol=1e-4, atol=1e-4)
     assert model.path == finished / "model.so"
@@ -303,7 +305,7 @@ def test_a_library_that_took_the_place_of_another_is_loaded_anew(tmp_path: Path)
     x = rng.normal(size=SHAPE).astype("float32")
     models = []
     for weight in (WEIGHT, -WEIGHT):
-        bundle.export_library(compiled(weight), tmp_path / "model.so")
+        export_library(compiled(weight), tmp_path / "model.so")
         models.append(CompiledModel(tmp_path / "model.so", SHAPE))
     first, second = models[0](x), models[1](x)
     np.testing.assert_array_equal(first, -second)
@@ -312,19 +314,19 @@ def test_a_library_that_took_the_place_of_another_is_loaded_anew(tmp_path: Path)
 def test_threads_leave_the_process_where_it_was(finished: Path) -> None:
     cores = os.sched_getaffinity(0)
     for threads in (1, 2):
-        bundle.load(finished, threads=threads)
+        library.load(finished, threads=threads)
         assert os.sched_getaffinity(0) == cores
 
 
 def test_other_inputs_are_refused(finished: Path) -> None:
-    model = bundle.load(finished)
+    model = library.load(finished)
     wrong: list[Any] = [np.zeros((1, 3, 4, 4)), np.zeros((1, 4, 4, 3), "float32"), np.zeros((3, 4, 4), "float32")]
     for x in [*wrong, np.zeros((0, 3, 4, 4), "float32"), [[1.0]]]:
         with pytest.raises(UserError, match=r"takes a float32 numpy array of shape \(n, 3, 4, 4\)") as error:
             model(x)
         one_line(error)
     with pytest.raises(UserError, match="at least 1"):
-        bundle.load(finished, threads=0)
+        library.load(finished, threads=0)
 
 
 # repeating the accuracy
@@ -335,7 +337,7 @@ def test_verify_repeats_the_accuracy(finished: Path, capsys: pytest.CaptureFixtu
     assert result.ok and result.n == 41
     assert result.dense == pytest.approx(100 * 37 / 41) and result.compressed < result.dense
     verify.print_verification(result)
-    verify.print_manifest(bundle.read_manifest(finished))
+    verify.print_manifest(read_manifest(finished))
     printed = capsys.readouterr().out
     for text in ("the accuracy is that of the manifest", "90.24", "conv[1]", "1.50", "looked at 1 time"):
         assert text in printed

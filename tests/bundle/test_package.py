@@ -27,6 +27,8 @@ from tvm_lowrank.options import CompileOptions
 from tvm_lowrank.searching.commands.apply import apply_plan
 from tvm_lowrank.targets.toolchain import cross_compiler, host_arch, triple_of
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 ARM = pytest.param("aarch64", marks=pytest.mark.needs("aarch64-linux-gnu-g++", "qemu-aarch64-static"))
 COUNT, SIZE = 5, 12

@@ -45,6 +45,7 @@ def run_onnx(path: Path, images: np.ndarray) -> np.ndarray:
     return onnxruntime.InferenceSession(path).run(["output"], {"x": images})[0]
 
 
+@pytest.mark.slow
 def test_both_are_the_same_function(tmp_path: Path) -> None:
     mod = DecomposeConv2D(PLAN)(import_model(models.randomised(Residual()).eval(), input_shape=(1, 3, 16, 16)))
     write_portable(mod, tmp_path)
@@ -55,6 +56,7 @@ def test_both_are_the_same_function(tmp_path: Path) -> None:
             np.testing.assert_allclose(run(tmp_path / name, images), expected, atol=1e-4 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_they_are_imported_again(tmp_path: Path) -> None:
     mod = DecomposeConv2D(PLAN)(import_model(models.randomised(Residual()).eval(), input_shape=(1, 3, 16, 16)))
     write_portable(mod, tmp_path)

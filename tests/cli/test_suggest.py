@@ -48,6 +48,7 @@ def test_planted_ranks_are_found() -> None:
         suggest_plan(sites, weakening=2.0)
 
 
+@pytest.mark.slow
 def test_shipped_plan_is_found_again(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["suggest", "--out", str(tmp_path / "plan.json")])
     assert done.exit_code == 0, done.output

@@ -163,6 +163,7 @@ def test_equal_shapes_have_equal_keys_and_others_do_not():
     assert keys[0] == keys[1] == keys[2] != keys[3]
 
 
+@pytest.mark.slow
 def test_keys_are_the_same_in_another_process():
     script = (
         "from support.lowering_networks import *; from tvm_lowrank.codegen.lower import *\n"

@@ -72,6 +72,7 @@ def export_onnx(model: nn.Module, x: Tensor, path: Path, *, dynamo: bool = False
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", models.FAMILIES)
 def test_torch_route(name: str, imported: Callable) -> None:
     model, mod = imported(name)

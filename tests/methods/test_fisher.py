@@ -89,6 +89,7 @@ def test_fisher_is_the_second_order_divergence() -> None:
     np.testing.assert_allclose(found, expected, atol=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["channel", "spatial_rows"])
 def test_on_the_example_with_real_and_with_synthetic_images(method: str) -> None:
     """Real images beat synthetic ones, which beat the weights alone; Fisher information helps."""

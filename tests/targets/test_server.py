@@ -20,6 +20,8 @@ from tvm_lowrank.targets import emulate
 from tvm_lowrank.targets.server import build_server
 from tvm_lowrank.targets.toolchain import cross_compiler, runtime_folder
 
+pytestmark = pytest.mark.slow
+
 ARCH = platform.machine()
 OTHER = next(arch for arch in ("x86_64", "aarch64") if arch != ARCH)
 HOST = "127.0.0.1"

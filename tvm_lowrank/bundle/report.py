@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 REPORT = "report.html"
-JOURNAL = "journal.jsonl"
 INK = "#123456"  # stands for the colour of the text, in either mode
 DENSE, CHOSEN, TRIED = "#8a8f98", "#2f81f7", "#d4a72c"  # legible on white and on black
 FITS = {"refitted": "fitted layer by layer", "reconstructed": "reconstructed", "finetuned": "fine-tuned"}

@@ -22,6 +22,8 @@ from tvm_lowrank.searching.commands.apply import apply_plan
 from tvm_lowrank.searching.damage import divergence
 from tvm_lowrank.transform import replace_sites
 
+pytestmark = pytest.mark.slow
+
 SITES = {
     "conv2": {"method": "tucker2", "rank": [32, 32]},
     "conv4": {"method": "btd", "rank": [64, 64, 2]},

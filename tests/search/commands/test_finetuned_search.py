@@ -15,6 +15,8 @@ import pytest
 
 from support.labelled_network import NETWORK
 
+pytestmark = pytest.mark.slow
+
 JOURNAL, MANIFEST = "journal.jsonl", "manifest.json"
 SEARCH = (
     *("search", "--budget", "5%", "--model", "net.py:model", "--input-shape", "1,3,16,16", "--data", "net.py:data"),

@@ -31,6 +31,8 @@ from tvm_lowrank.searching.journal import Journal
 from tvm_lowrank.searching.latency.cache import Entry, KernelCache, Latency
 from tvm_lowrank.targets.profile import load_profile
 
+pytestmark = pytest.mark.slow
+
 KILLS = 20
 JOURNAL, MANIFEST, FITTED = "journal.jsonl", "manifest.json", "fitted"
 

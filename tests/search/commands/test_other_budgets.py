@@ -86,6 +86,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_most_accurate_within_a_latency(folder: Path, run: Run) -> None:
     impossible = search(run, folder, "--max-latency", "1us", "--out", "impossible")
     assert impossible.returncode == 2 and "more than --max-latency 0.001ms" in impossible.stderr.splitlines()[-1]
@@ -120,6 +121,7 @@ def test_most_accurate_within_a_latency(folder: Path, run: Run) -> None:
     assert again["latency_ms"] == manifest["latency_ms"] and again["accuracy"] == manifest["accuracy"]
 
 
+@pytest.mark.slow
 def test_dense_is_delivered_where_it_is_fast_enough(folder: Path, run: Run) -> None:
     done = search(run, folder, "--max-latency", "10s", "--out", "slow", data=False)
     assert done.returncode == 0 and "is within 10000 ms" in done.stderr, done.stderr
@@ -128,6 +130,7 @@ def test_dense_is_delivered_where_it_is_fast_enough(folder: Path, run: Run) -> N
     assert manifest["accuracy"] is None and manifest["predicted_damage"] == 0
 
 
+@pytest.mark.slow
 def test_frontier(folder: Path, run: Run) -> None:
     arguments = ("--frontier", "--budget", "10%", "--out", "front")
     done = search(run, folder, *arguments)

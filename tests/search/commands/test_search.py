@@ -19,6 +19,8 @@ import tvm_lowrank
 from tvm_lowrank import example
 from tvm_lowrank.bundle.manifest import REQUIRED, SITE_KEYS
 
+pytestmark = pytest.mark.slow
+
 MODEL = ("--model", "tvm_lowrank.example:model", "--input-shape", "1,3,32,32")
 IMAGES = 120
 

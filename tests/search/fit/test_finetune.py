@@ -334,6 +334,7 @@ def two_workers(batches: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*command, here, batches], cwd=folder, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_two_workers_are_one_with_twice_the_batch(tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch that is left over, and gives nothing to the second worker, is left out.
 
@@ -361,6 +362,7 @@ def test_two_workers_are_one_with_twice_the_batch(tune: Tune, tmp_path: Path, mo
         np.testing.assert_allclose(first[name], expected, atol=0.1 * np.abs(expected - before).max())
 
 
+@pytest.mark.slow
 def test_too_few_batches_for_two_workers(tmp_path: Path) -> None:
     done = two_workers("one", tmp_path)
     assert done.returncode == 1

@@ -127,6 +127,7 @@ def test_residual_blocks(late: bool) -> None:
     assert nonlinear < linear
 
 
+@pytest.mark.slow
 def test_example_network() -> None:
     """Inputs from a network of which several layers are compressed: the last one's response comes closer."""
     mod = import_model(example.model(), input_shape=example.INPUT_SHAPE)

@@ -38,6 +38,7 @@ def damage(dense: IRModule, network: IRModule, images: np.ndarray) -> float:
     return divergence(predict(TorchBridge(dense), images), predict(TorchBridge(network), images))
 
 
+@pytest.mark.slow
 def test_comes_closer_on_other_images(networks: tuple[IRModule, IRModule, np.ndarray, np.ndarray]) -> None:
     dense, refitted, images, others = networks
     done: list[float] = []
@@ -49,6 +50,7 @@ def test_comes_closer_on_other_images(networks: tuple[IRModule, IRModule, np.nda
     np.testing.assert_array_equal(predict(TorchBridge(again), others[:10]), predict(TorchBridge(found), others[:10]))
 
 
+@pytest.mark.slow
 def test_what_does_not_help_is_not_kept(
     networks: tuple[IRModule, IRModule, np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -173,6 +173,7 @@ def test_kernel_that_never_works_is_an_error_with_the_reason(tmp_path, lowered, 
         oracle(tmp_path, FakeBench(broken=(step,))).measure(kernels(lowered))
 
 
+@pytest.mark.slow
 def test_tuned_library_computes_what_torch_does(tmp_path, net, lowered):
     with LatencyOracle(PROFILE, cache_dir=tmp_path, trials=2) as asked:
         latencies = asked.measure(kernels(lowered))
@@ -182,6 +183,7 @@ def test_tuned_library_computes_what_torch_does(tmp_path, net, lowered):
     np.testing.assert_allclose(run(library, x), expected(net, x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_models_are_measured_in_turns(tmp_path, lowered):
     exported = tmp_path / "model.so"
     executable = build(lowered, {}, TARGET)
@@ -207,6 +209,7 @@ def job(lowered):
     return Job(conv.func, Tiling((1, 1, 4, 32), 16))
 
 
+@pytest.mark.slow
 def test_worker_that_dies_is_replaced(bench, job):
     first, refused, second = bench.build([job, Job(job.func, Tiling((1, 1, 3, 32), 16)), job])
     assert "does not divide" in str(refused)
@@ -219,6 +222,7 @@ def test_worker_that_dies_is_replaced(bench, job):
     assert worker.starts == 2
 
 
+@pytest.mark.slow
 def test_worker_that_hangs_is_stopped(bench, job, monkeypatch):
     (handle,) = bench.build([job])
     monkeypatch.setattr(local, "RUN_TIMEOUT", -1.5)

@@ -32,6 +32,8 @@ from tvm_lowrank.targets.emulate import emulated
 from tvm_lowrank.targets.profile import load_profile
 from tvm_lowrank.targets.toolchain import host_arch
 
+pytestmark = pytest.mark.slow
+
 PROFILE = load_profile("x86")
 TARGET = PROFILE.tvm_target()
 KEYS = count()
