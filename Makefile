@@ -37,7 +37,8 @@ style: $(VENV)/.installed $(VENV)/.tools
 	cd $(VENV) && bin/mypy --config-file ../pyproject.toml
 	cd $(VENV) && bin/lint-imports ../pyproject.toml
 
-docs: $(VENV)/.docs
+# the options of functions come from the installed package
+docs: $(VENV)/.docs $(VENV)/.installed
 	$(BIN)/mkdocs build --strict
 
 # the stamps keep the downloads from being repeated until the dependencies change

@@ -157,7 +157,7 @@ def _profile(name: str, document: dict[str, Any]) -> Profile:
     _check_names(document)
     target, vector, link = dict(document["target"]), document["vector"], document.get("link", {})
     if target.get("mcpu") == HOST:
-        target["mcpu"] = codegen.llvm_get_system_cpu()
+        target["mcpu"] = os.environ.get("TVM_LOWRANK_HOST_CPU") or codegen.llvm_get_system_cpu()
     _check_code(target)
     made = tvm.target.Target(target)
     lanes, registers, cores = vector["lanes"], vector["registers"], document.get("cores", 1)

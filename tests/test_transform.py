@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tvm
@@ -12,6 +14,7 @@ from torch.nn import functional as F
 from tvm import relax
 
 from support.samples import LAYOUTS, module
+from tvm_lowrank.errors import UserError
 from tvm_lowrank.graph import find_sites
 from tvm_lowrank.methods import METHODS, ConvSpec, Method, Moments, Rank, compose
 from tvm_lowrank.plan import Choice, Plan
@@ -142,3 +145,20 @@ def test_errors_name_the_site_and_the_range() -> None:
         DecomposeConv2D(Plan({"conv9": Choice("channel", 1)})).transform_module(mod, None)
     with pytest.raises(ValueError, match="unknown method 'cp'"):
         DecomposeConv2D(Plan({"layer1.conv": Choice("cp", 1)})).transform_module(mod, None)
+
+
+@pytest.mark.slow
+def test_tvm_knows_the_pipeline_by_its_name(tmp_path: Path) -> None:
+    spec = ConvSpec(8, 8, (3, 3), padding=(1, 1, 1, 1))
+    rng = np.random.default_rng(0)
+    mod = module(spec, rng.normal(size=spec.weight_shape).astype("float32"), None, (6, 6), "NCHW")
+    plan = Plan({"layer1.conv": Choice("spatial", 4)})
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    x = rng.normal(size=(1, 8, 6, 6)).astype("float32")
+    expected = run(DecomposeConv2D(plan)(mod), x, "NCHW")
+    for form in (plan, tmp_path / "plan.json"):
+        library = tvm.compile(mod, "llvm", relax_pipeline=relax.get_pipeline("tvm_lowrank", plan=form))
+        got = relax.VirtualMachine(library, tvm.cpu())["main"](tvm.runtime.tensor(x)).numpy()
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(UserError, match="cannot read plan"):
+        relax.get_pipeline("tvm_lowrank", plan=tmp_path / "absent.json")

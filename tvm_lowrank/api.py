@@ -10,19 +10,13 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar, cast
 
-from tvm_lowrank.options import CompileOptions, DecomposeOptions, Options, SearchOptions, grouped, parameters
+from tvm_lowrank.options import CompileOptions, DecomposeOptions, Options, SearchOptions, described, grouped
 from tvm_lowrank.searching.commands import run
 from tvm_lowrank.searching.commands.apply import apply_plan
 
 P = ParamSpec("P")
 Asked = TypeVar("Asked")
 Result = TypeVar("Result")
-
-
-def described(docstring: str, options: type[Options]) -> str:
-    """A function's docstring with the section of its parameters, before that of what it returns."""
-    before, returns, after = inspect.cleandoc(docstring).partition("Returns\n")
-    return f"{before}{parameters(options)}\n\n{returns}{after}"
 
 
 def asking(options: Callable[P, Asked]) -> Callable[[Callable[[Asked], Result]], Callable[P, Result]]:

@@ -9,7 +9,7 @@ This module is loaded with the command line: it imports nothing that takes long.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
-from inspect import get_annotations
+from inspect import cleandoc, get_annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, dataclass_transform
 
@@ -320,8 +320,10 @@ def grouped(options: type[Options]) -> Mapping[str, str]:
     return dict(sorted(found.items(), key=lambda item: TITLES.index(item[1])))
 
 
-def parameters(options: type[Options]) -> str:
-    """The options of a class as a section of a numpydoc docstring."""
+def described(docstring: str, options: type[Options]) -> str:
+    """The docstring of a function that has the options of a class, with the section of its parameters."""
     of = {own.name: said(own) for own in fields(options)}
     items = (f"{name} : {' '.join(filter(None, [of[name].help, of[name].python]))}" for name in grouped(options))
-    return "\n".join(["Parameters", "----------", *items])
+    section = "\n".join(["Parameters", "----------", *items])
+    before, returns, after = cleandoc(docstring).partition("Returns\n")
+    return f"{before}{section}\n\n{returns}{after}"
