@@ -24,7 +24,7 @@ from tvm_lowrank.data.splits import load_data
 from tvm_lowrank.graph import Site, find_sites
 from tvm_lowrank.importers.importer import import_model
 from tvm_lowrank.methods import METHODS, Chain, Conv, Moments, Rank, chain_macs, compose, decompose, grouped
-from tvm_lowrank.methods.refit import refit_last
+from tvm_lowrank.methods.common.refit import refit_last
 from tvm_lowrank.plan import Choice
 from tvm_lowrank.searching.candidates import skipped
 from tvm_lowrank.searching.fit.refit import dense_outputs, refit

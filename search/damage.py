@@ -3,8 +3,8 @@
 The unit is the Kullback-Leibler divergence, in nats an image, from the dense network's class probabilities to the
 changed network's, averaged over calibration images: it needs no labels, is far less noisy than counting wrong answers,
 and for small changes adds up over sites. The Fisher information of a site's outputs predicts it to second order for
-every method and rank (see `tvm_lowrank.methods.fisher`). What larger changes really cost grows faster, alike for all
-methods: each site is probed by really evaluating the network with that one change, a few times, and a curve through
+every method and rank (see `tvm_lowrank.methods.common.fisher`). What larger changes really cost grows faster, alike for
+all methods: each site is probed by really evaluating the network with that one change, a few times, and a curve through
 the probes corrects the prediction.
 """
 

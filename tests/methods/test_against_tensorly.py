@@ -12,10 +12,10 @@ from tensorly.decomposition import parafac, partial_tucker
 
 from tvm_lowrank import example
 from tvm_lowrank.methods.cp import ladder
-from tvm_lowrank.methods.cp_als import als
-from tvm_lowrank.methods.cp_solver import climb, solve
-from tvm_lowrank.methods.cp_terms import khatri_rao, mttkrps, split, squared, tensor_of
-from tvm_lowrank.methods.tucker2 import hooi
+from tvm_lowrank.methods.solvers.cp_als import als
+from tvm_lowrank.methods.solvers.cp_solver import climb, solve
+from tvm_lowrank.methods.solvers.cp_terms import khatri_rao, mttkrps, split, squared, tensor_of
+from tvm_lowrank.methods.solvers.tucker2_solver import hooi
 
 
 def trained_kernel() -> np.ndarray:

@@ -9,9 +9,10 @@ import pytest
 
 from support.samples import columns, moments_of
 from support.tucker import centred_error, check_chain_computes_its_kernel, conv6
-from tvm_lowrank.methods import ConvSpec, btd, btd_solver, chain_macs, compose, tucker2
+from tvm_lowrank.methods import ConvSpec, btd, chain_macs, compose, tucker2
+from tvm_lowrank.methods.common.refit import refit_last
 from tvm_lowrank.methods.moments import grouped, output_power
-from tvm_lowrank.methods.refit import refit_last
+from tvm_lowrank.methods.solvers import btd_solver, tucker2_solver
 
 SPECS = {
     "3x3": ConvSpec(8, 12, (3, 3), padding=(1, 1, 1, 1)),
@@ -65,7 +66,7 @@ def test_errors_fall_and_are_the_true_ones(rank: tuple[int, int, int]) -> None:
 
 def test_one_block_is_tucker2() -> None:
     tensor = np.random.default_rng(3).standard_normal((24, 16, 9))
-    hooi = tucker2.hooi(tensor, (6, 9), tolerance=1e-9, iterations=500)[2][-1]
+    hooi = tucker2_solver.hooi(tensor, (6, 9), tolerance=1e-9, iterations=500)[2][-1]
     assert btd_solver.solve(tensor, (6, 9, 1), tolerance=1e-7, sweeps=500).errors[-1] == pytest.approx(hooi, rel=1e-3)
 
 

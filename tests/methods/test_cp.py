@@ -14,8 +14,9 @@ from support.samples import columns, moments_of
 from tvm_lowrank import example
 from tvm_lowrank.methods import ConvSpec, compose
 from tvm_lowrank.methods.cp import CP3, CP4, CPFactors, Format
-from tvm_lowrank.methods.cp_als import als, greedy, start
-from tvm_lowrank.methods.cp_solver import (
+from tvm_lowrank.methods.moments import grouped, output_power
+from tvm_lowrank.methods.solvers.cp_als import als, greedy, start
+from tvm_lowrank.methods.solvers.cp_solver import (
     MAX_SPREAD,
     Effort,
     Normal,
@@ -25,8 +26,7 @@ from tvm_lowrank.methods.cp_solver import (
     levenberg_marquardt,
     solve,
 )
-from tvm_lowrank.methods.cp_terms import balanced, exact, mttkrps, norms, split, spread, tensor_of
-from tvm_lowrank.methods.moments import grouped, output_power
+from tvm_lowrank.methods.solvers.cp_terms import balanced, exact, mttkrps, norms, split, spread, tensor_of
 
 FORMATS = {"cp4": CP4, "cp3": CP3}
 SHAPES = [(5, 4, 3), (4, 5, 3, 2)]

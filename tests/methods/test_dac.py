@@ -19,8 +19,9 @@ from support.factors import (
     least_by_als,
 )
 from support.samples import columns, moments_of
-from tvm_lowrank.methods import ConvSpec, chain_macs, dac, dac_solver
+from tvm_lowrank.methods import ConvSpec, chain_macs, dac
 from tvm_lowrank.methods.chain import as_int
+from tvm_lowrank.methods.solvers import dac_solver
 
 RECIPES = {
     "dac": Recipe(dac.max_rank, dac.chain_specs, dac.factorise),

@@ -13,8 +13,8 @@ from support.samples import moments_of
 from tvm_lowrank import example
 from tvm_lowrank.bridge.calibrate import sample_columns, sample_positions
 from tvm_lowrank.methods import METHODS, ConvSpec, Moments, Rank, chain_macs, compose, decompose
+from tvm_lowrank.methods.common.refit import refit_last
 from tvm_lowrank.methods.moments import grouped, output_power
-from tvm_lowrank.methods.refit import refit_last
 
 LAYER, SPEC = "conv4", ConvSpec(128, 128, (3, 3), padding=(1, 1, 1, 1))
 POINTWISE = ConvSpec(9 * 128, 128, (1, 1))  # the same layer, as it multiplies its columns

@@ -10,8 +10,9 @@ import pytest
 from support.samples import columns, moments_of
 from support.tucker import centred_error, check_chain_computes_its_kernel, conv6
 from tvm_lowrank.methods import ConvSpec, Moments, chain_macs, compose, tucker2
+from tvm_lowrank.methods.common.refit import refit_last
 from tvm_lowrank.methods.moments import grouped, output_power
-from tvm_lowrank.methods.refit import refit_last
+from tvm_lowrank.methods.solvers import tucker2_solver
 
 SPECS = {
     "3x3": ConvSpec(6, 8, (3, 3), padding=(1, 1, 1, 1)),
@@ -60,16 +61,16 @@ def test_hooi_is_no_worse_than_hosvd_or_random_starts_and_never_rises(rank: tupl
     rng = np.random.default_rng(3)
     tensor = rng.standard_normal((24, 16, 9)) * np.geomspace(1, 0.1, 24)[:, None, None]
     power = np.sum(tensor**2)
-    outputs = tucker2.leading(tensor.reshape(24, -1) @ tensor.reshape(24, -1).T, rank[1])[1]
+    outputs = tucker2_solver.leading(tensor.reshape(24, -1) @ tensor.reshape(24, -1).T, rank[1])[1]
     by_input = tensor.transpose(1, 0, 2).reshape(16, -1)
-    inputs = tucker2.leading(by_input @ by_input.T, rank[0])[1]
+    inputs = tucker2_solver.leading(by_input @ by_input.T, rank[0])[1]
     hosvd = power - np.sum(np.einsum("ncp,nt,cs->tsp", tensor, outputs, inputs) ** 2)
-    p, a, errors = tucker2.hooi(tensor, rank, tolerance=1e-12, iterations=500)
+    p, a, errors = tucker2_solver.hooi(tensor, rank, tolerance=1e-12, iterations=500)
     assert all(after <= before + 1e-12 * power for before, after in pairwise([hosvd, *errors]))
     np.testing.assert_allclose(p.T @ p, np.eye(rank[1]), atol=1e-10)
     np.testing.assert_allclose(a.T @ a, np.eye(rank[0]), atol=1e-10)
     scattered = [
-        tucker2.hooi(tensor, rank, np.linalg.qr(rng.standard_normal((24, rank[1])))[0], tolerance=1e-12)[2][-1]
+        tucker2_solver.hooi(tensor, rank, np.linalg.qr(rng.standard_normal((24, rank[1])))[0], tolerance=1e-12)[2][-1]
         for _ in range(5)
     ]
     assert errors[-1] <= np.median(scattered) * (1 + 1e-4)
@@ -103,7 +104,7 @@ def test_regression_is_optimal_given_the_first_factor() -> None:
 def best_full_core(weight: np.ndarray, spec: ConvSpec, first: np.ndarray, moments: Moments) -> np.ndarray:
     """The full-rank regression of the outputs on the first convolution's features: (N, R3, kh, kw)."""
     inputs, out = first[:, :, 0, 0].T, spec.out_channels
-    last, core, _ = tucker2.regress(grouped(weight, spec)[0], inputs, out, moments.covariance[0])
+    last, core, _ = tucker2_solver.regress(grouped(weight, spec)[0], inputs, out, moments.covariance[0])
     return np.einsum("nt,tkp->nkp", last, core).reshape(out, -1, *spec.kernel)
 
 

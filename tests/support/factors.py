@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from support.samples import columns, moments_of
 from tvm_lowrank.methods import ConvSpec, Factors, Moments, Rank, compose
+from tvm_lowrank.methods.common.refit import refit_last
 from tvm_lowrank.methods.moments import grouped, output_power
-from tvm_lowrank.methods.refit import refit_last
 
 
 class Recipe(NamedTuple):

@@ -19,7 +19,7 @@ from torch import nn
 
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.methods import METHODS, ConvSpec, decompose
-from tvm_lowrank.methods.balance import balance
+from tvm_lowrank.methods.common.balance import balance
 from tvm_lowrank.plan import DENSE, Choice, Plan
 
 Layer: TypeAlias = nn.Conv2d | nn.Linear

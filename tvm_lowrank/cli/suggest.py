@@ -9,7 +9,7 @@ from tvm_lowrank import console
 from tvm_lowrank.files import write_text
 from tvm_lowrank.graph import Site
 from tvm_lowrank.methods import METHODS, chain_macs, grouped
-from tvm_lowrank.methods.evbmf import evbmf_rank, suggest_ranks
+from tvm_lowrank.methods.solvers.evbmf import evbmf_rank, suggest_ranks
 from tvm_lowrank.plan import Choice, Plan
 
 

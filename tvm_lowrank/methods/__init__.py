@@ -24,9 +24,9 @@ import numpy as np
 
 from tvm_lowrank.methods import btd, channel, channel_in, cp, dac, spatial, spatial_channel, svd, tucker2
 from tvm_lowrank.methods.chain import Chain, Conv, ConvSpec, Pair, Rank, chain_macs, compose
-from tvm_lowrank.methods.fisher import Weighted, mixed, roots
+from tvm_lowrank.methods.common.fisher import Weighted, mixed, roots
+from tvm_lowrank.methods.common.refit import refit_last
 from tvm_lowrank.methods.moments import Moments, grouped
-from tvm_lowrank.methods.refit import refit_last
 
 __all__ = [
     "METHODS",
@@ -204,8 +204,8 @@ def factorise(
     """Factors of an OIHW weight for all ranks.
 
     ``fisher`` is the Fisher information (N, N) of the outputs, summed over the positions of an image: with it the
-    error counts as far as it moves the network's answer (see `tvm_lowrank.methods.fisher`). ``near`` holds the OIHW
-    weights of the chain of a similar kernel: the CP solver starts from them at their rank, which is much quicker.
+    error counts as far as it moves the network's answer (see `tvm_lowrank.methods.common.fisher`). ``near`` holds the
+    OIHW weights of the chain of a similar kernel: the CP solver starts from them at their rank, which is much quicker.
     """
     recipe = METHODS[method]
     root, inverse = (None, None) if fisher is None else roots(fisher, recipe.mixable(spec))

@@ -4,8 +4,8 @@ The kernel, a tensor T of (N, C, p) with p = kh * kw taps, is approximated by a 
 core G_b (t, s, p) and A_b (C, s) each. Stacked they are a Tucker-2 decomposition whose core is block diagonal, that is,
 a convolution in B groups; it has B times the channels of a dense core of the same cost.
 
-Blocks are found by principal component iteration (:mod:`tvm_lowrank.methods.btd_solver`). With moments T is whitened
-as in :mod:`tvm_lowrank.methods.tucker2`, and P is refit under the full covariance.
+Blocks are found by principal component iteration (:mod:`tvm_lowrank.methods.solvers.btd_solver`). With moments T is
+whitened as in :mod:`tvm_lowrank.methods.tucker2`, and P is refit under the full covariance.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tvm_lowrank.methods.algebra import mode_dot
-from tvm_lowrank.methods.balance import balance
-from tvm_lowrank.methods.btd_solver import Blocks, checked, solve
 from tvm_lowrank.methods.chain import ConvSpec, Rank, compose
+from tvm_lowrank.methods.common.balance import balance
+from tvm_lowrank.methods.common.refit import refit_last
 from tvm_lowrank.methods.moments import Moments, grouped, output_power
-from tvm_lowrank.methods.refit import refit_last
-from tvm_lowrank.methods.tucker2 import Whitened, proportional, saves, spread, whiten
+from tvm_lowrank.methods.solvers.algebra import mode_dot
+from tvm_lowrank.methods.solvers.btd_solver import Blocks, checked, solve
+from tvm_lowrank.methods.solvers.tucker2_solver import Whitened, whiten
+from tvm_lowrank.methods.tucker2 import proportional, saves, spread
 
 BLOCKS = (2, 4, 8)
 CANDIDATES = 4  # ranks of the grid for each number of blocks

@@ -146,3 +146,10 @@ def ungrouped(weight: np.ndarray, groups: int) -> np.ndarray:
     for g, block in enumerate(weight.reshape(groups, out // groups, inner, *kernel)):
         dense[g, :, g] = block
     return dense.reshape(out, groups * inner, *kernel)
+
+
+def as_numbers(rank: Rank, count: int) -> tuple[int, ...]:
+    """The rank of a method that has `count` numbers for it."""
+    if not isinstance(rank, tuple) or len(rank) != count:
+        raise ValueError(f"rank {rank!r} is not a tuple of {count} numbers")
+    return tuple(int(number) for number in rank)

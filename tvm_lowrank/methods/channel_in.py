@@ -12,9 +12,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from tvm_lowrank.methods import nested
 from tvm_lowrank.methods.chain import ConvSpec, Rank, as_int
 from tvm_lowrank.methods.moments import Moments
+from tvm_lowrank.methods.solvers import nested
 
 
 def max_rank(spec: ConvSpec) -> int:

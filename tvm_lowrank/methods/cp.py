@@ -21,13 +21,13 @@ from typing import NamedTuple
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from tvm_lowrank.methods.algebra import mode_dot
 from tvm_lowrank.methods.chain import ConvSpec, Rank, as_int, compose
-from tvm_lowrank.methods.cp_als import Report, start, with_best_first
-from tvm_lowrank.methods.cp_solver import affordable, climb, solve
-from tvm_lowrank.methods.cp_terms import balanced, exact, norms, split
+from tvm_lowrank.methods.common.refit import refit_last
 from tvm_lowrank.methods.moments import Moments, grouped, output_power, square_roots
-from tvm_lowrank.methods.refit import refit_last
+from tvm_lowrank.methods.solvers.algebra import mode_dot
+from tvm_lowrank.methods.solvers.cp_als import Report, start, with_best_first
+from tvm_lowrank.methods.solvers.cp_solver import affordable, climb, solve
+from tvm_lowrank.methods.solvers.cp_terms import balanced, exact, norms, split
 
 FRESH = 16  # the ladder begins at this part of the dense convolution's MACs
 WARM = 12  # sweeps and steps from the terms of a similar kernel

@@ -17,10 +17,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from tvm_lowrank.methods import nested
 from tvm_lowrank.methods.chain import ConvSpec, Rank, as_int
-from tvm_lowrank.methods.dac_solver import JointFactors, filters, mixtures
 from tvm_lowrank.methods.moments import Moments
+from tvm_lowrank.methods.solvers import nested
+from tvm_lowrank.methods.solvers.dac_solver import JointFactors, filters, mixtures
 
 Factors = nested.NestedFactors | JointFactors
 

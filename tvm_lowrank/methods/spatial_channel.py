@@ -17,10 +17,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from tvm_lowrank.methods import nested, spatial
-from tvm_lowrank.methods.balance import balance
+from tvm_lowrank.methods import spatial
 from tvm_lowrank.methods.chain import ConvSpec, Rank
+from tvm_lowrank.methods.common.balance import balance
 from tvm_lowrank.methods.moments import Moments
+from tvm_lowrank.methods.solvers import nested
 
 VERTICAL = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8)  # candidates for K, of the K at which `spatial` saves nothing
 HORIZONTAL = (0.6, 0.75, 0.9)  # candidates for d, of the d at which the last two layers save nothing

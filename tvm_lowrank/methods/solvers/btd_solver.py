@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tvm_lowrank.methods.algebra import multi_mode_dot, unfold
-from tvm_lowrank.methods.chain import Rank
-from tvm_lowrank.methods.tucker2 import as_numbers, hooi, leading, widen
+from tvm_lowrank.methods.chain import Rank, as_numbers
+from tvm_lowrank.methods.solvers.algebra import multi_mode_dot, unfold
+from tvm_lowrank.methods.solvers.tucker2_solver import hooi, leading, widen
 
 Terms = tuple[np.ndarray, np.ndarray, np.ndarray]  # outputs, inputs, cores as in Blocks
 

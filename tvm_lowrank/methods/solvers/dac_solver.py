@@ -16,8 +16,8 @@ import numpy as np
 
 from tvm_lowrank.methods.chain import ConvSpec, Rank, as_int
 from tvm_lowrank.methods.moments import RIDGE, square_roots
-from tvm_lowrank.methods.nested import LIGHTLY, TINY, NestedFactors
-from tvm_lowrank.methods.tucker2 import leading
+from tvm_lowrank.methods.solvers.nested import LIGHTLY, TINY, NestedFactors
+from tvm_lowrank.methods.solvers.tucker2_solver import leading
 
 SWEEPS = 10
 TOLERANCE = 5e-3  # stop when a sweep lowers the error by less than this part of it

@@ -30,8 +30,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import linalg
 
-from tvm_lowrank.methods.balance import balance
 from tvm_lowrank.methods.chain import ConvSpec, Rank, as_int
+from tvm_lowrank.methods.common.balance import balance
 from tvm_lowrank.methods.moments import Moments, grouped, lifted_cholesky, output_power, square_roots
 
 TINY = float(np.finfo(float).tiny)

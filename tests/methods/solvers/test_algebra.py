@@ -11,8 +11,8 @@ import tensorly
 
 from support.samples import columns, moments_of
 from tvm_lowrank.methods import METHODS, ConvSpec, decompose
-from tvm_lowrank.methods.algebra import mode_dot, multi_mode_dot, unfold
-from tvm_lowrank.methods.evbmf import suggest_ranks
+from tvm_lowrank.methods.solvers.algebra import mode_dot, multi_mode_dot, unfold
+from tvm_lowrank.methods.solvers.evbmf import suggest_ranks
 
 SPEC = ConvSpec(8, 12, (3, 3))
 RANKS = {"tucker2": (4, 6), "btd": (4, 8, 2), "cp3": 6, "cp4": 6}

@@ -13,7 +13,7 @@ import math
 import numpy as np
 from scipy import optimize
 
-from tvm_lowrank.methods.algebra import unfold
+from tvm_lowrank.methods.solvers.algebra import unfold
 
 FLOOR = 1e-14  # of the largest squared singular value: what rounding makes of a zero
 

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from support.samples import columns, moments_of
 from tvm_lowrank.methods import ConvSpec, compose
-from tvm_lowrank.methods.balance import balance
+from tvm_lowrank.methods.common.balance import balance
+from tvm_lowrank.methods.common.refit import refit_last
 from tvm_lowrank.methods.moments import grouped, output_power
-from tvm_lowrank.methods.refit import refit_last
 
 # chains of every structure: (site, the chain's geometries)
 CHAINS = {

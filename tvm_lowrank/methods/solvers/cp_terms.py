@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from tvm_lowrank.methods.algebra import unfold
+from tvm_lowrank.methods.solvers.algebra import unfold
 
 TINY = 1e-30
 

@@ -23,8 +23,8 @@ from functools import partial
 import numpy as np
 from scipy import linalg, optimize
 
-from tvm_lowrank.methods.cp_als import Report, als, start
-from tvm_lowrank.methods.cp_terms import TINY, balanced, mttkrps, sections, split, spread, squared, tensor_of
+from tvm_lowrank.methods.solvers.cp_als import Report, als, start
+from tvm_lowrank.methods.solvers.cp_terms import TINY, balanced, mttkrps, sections, split, spread, squared, tensor_of
 
 MAX_SPREAD = 10.0  # of a solution, relative to ||T||^2
 BUDGET = 2e11  # floating-point operations of the Gauss-Newton steps of one start, some seconds on one core

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from support.tucker import conv6
-from tvm_lowrank.methods.evbmf import evbmf_rank, suggest_ranks
+from tvm_lowrank.methods.solvers.evbmf import evbmf_rank, suggest_ranks
 
 
 @pytest.mark.parametrize("rank", [3, 8, 15])

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from scipy import linalg
 
-from tvm_lowrank.methods.algebra import unfold
-from tvm_lowrank.methods.cp_terms import TINY, balanced, khatri_rao, mttkrps, split, squared, tensor_of
+from tvm_lowrank.methods.solvers.algebra import unfold
+from tvm_lowrank.methods.solvers.cp_terms import TINY, balanced, khatri_rao, mttkrps, split, squared, tensor_of
 
 Report = Callable[[int, float], None]
 
