@@ -106,6 +106,10 @@ def build(
     from tvm_lowrank.targets.server import PROGRAM, build_server
 
     folder = build_server(arch, cache_dir=cache_folder(cache))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error}; choose another folder with --out") from error
     for file in folder.iterdir():
         copy(file, out / file.name)
     print(f"{out}: copy it to the device and run {out.name}/{PROGRAM} --tracker HOST:PORT --key KEY there")
