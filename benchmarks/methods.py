@@ -27,7 +27,8 @@ from tvm_lowrank.methods import METHODS, Chain, Conv, Moments, Rank, chain_macs,
 from tvm_lowrank.methods.common.refit import refit_last
 from tvm_lowrank.plan import Choice
 from tvm_lowrank.searching.candidates import skipped
-from tvm_lowrank.searching.fit.refit import dense_outputs, refit
+from tvm_lowrank.searching.fit.refit import refit
+from tvm_lowrank.searching.fit.targets import dense_outputs
 from tvm_lowrank.transform import replace_sites
 
 LANES = 4  # a finer grid than any target's, so that the shares are met closely

@@ -137,6 +137,7 @@ class Search:
             share=FIRST_LIMIT,
             synthetic=settings.synthetic,
             seed=settings.seed,
+            folder=folder,
         )
         self.networks = Networks(
             self.sensitivity,

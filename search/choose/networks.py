@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -104,6 +105,10 @@ class Networks:
         self._folder, self._deadline = folder, deadline
         self._fitted = FittedNetworks(self.mod, folder)
 
+    def _check(self) -> None:
+        if time.monotonic() > self._deadline:
+            raise TimeUp
+
     @property
     def best_fit(self) -> Fit:
         """The best that can be done."""
@@ -120,7 +125,9 @@ class Networks:
     def reconstructed(self, plan: Plan) -> IRModule:
         def fit() -> IRModule:
             images, seed = self._known.images, self._known.seed
-            return reconstruct_if_better(self.mod, self.refitted(plan), images, self._selection, seed=seed)
+            return reconstruct_if_better(
+                self.mod, self.refitted(plan), images, self._selection, seed=seed, check=self._check
+            )
 
         return self._fitted.once(plan, "reconstructed", fit)
 
@@ -162,6 +169,8 @@ class Networks:
                 fisher=known.fisher,
                 known=known.factors,
                 seed=known.seed,
+                folder=known.folder,
+                check=self._check,
                 advance=advance,
             )
         return replace_sites(network, chains)

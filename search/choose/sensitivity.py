@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import groupby
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -14,7 +15,7 @@ from threadpoolctl import threadpool_limits
 from tvm.ir import IRModule
 
 from tvm_lowrank import console
-from tvm_lowrank.bridge.calibrate import collect_fisher, collect_moments, predict, predict_each
+from tvm_lowrank.bridge.calibrate import collect_fisher, each_moments, predict, predict_each
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.data.synthetic import shrunk
 from tvm_lowrank.graph import Site, find_sites
@@ -22,7 +23,8 @@ from tvm_lowrank.methods import METHODS, Chain, Factors, Moments, cut, factorise
 from tvm_lowrank.plan import Choice
 from tvm_lowrank.searching.candidates import candidates, site_macs
 from tvm_lowrank.searching.damage import DamageCurve, divergence, interpolated, probes, to_solve
-from tvm_lowrank.searching.fit.refit import Target, dense_outputs
+from tvm_lowrank.searching.fit.targets import Targets, dense_outputs
+from tvm_lowrank.searching.fit.waiting import Shelf
 from tvm_lowrank.searching.journal import Journal
 from tvm_lowrank.transform import replace_sites
 
@@ -43,6 +45,7 @@ class Sensitivity:
     methods, lanes : of the candidates; ranks are multiples of `lanes`.
     share : damage in nats that a site may take in a likely plan of all sites; probes are chosen around it.
     synthetic : the images stand in for data that there is not.
+    folder : where what is known of the sites waits in files.
     """
 
     def __init__(
@@ -55,13 +58,16 @@ class Sensitivity:
         share: float,
         synthetic: bool = False,
         seed: int = 0,
+        folder: Path | None = None,
     ) -> None:
         self.mod, self.images, self.seed = mod, images, seed
         self.sites = {site.id: site for site in find_sites(mod)}
         self._bridge = TorchBridge(mod)
         self._methods, self._lanes, self._synthetic = methods, lanes, synthetic
         self._share = share
-        self._factors: dict[tuple[str, str], Factors] = {}
+        self.folder = folder
+        self._kept: Shelf[Factors] = Shelf(folder)
+        self._chains: dict[str, dict[Choice, Chain]] = {}  # for the probes to come
 
     @cached_property
     def candidates(self) -> dict[str, list[Choice]]:
@@ -69,11 +75,17 @@ class Sensitivity:
         return {name: candidates(site, methods=self._methods, lanes=self._lanes) for name, site in self.sites.items()}
 
     @cached_property
-    def moments(self) -> dict[str, Moments]:
+    def moments(self) -> Shelf[Moments]:
         """Input statistics of the sites that have candidates, in the dense network."""
+        return self._collected_moments()
+
+    def _collected_moments(self) -> Shelf[Moments]:
+        shelf: Shelf[Moments] = Shelf(self.folder)
         with console.progress("calibrating", len(self.images)) as advance:
-            found = collect_moments(self._bridge, self._examined, self.images, seed=self.seed, advance=advance)
-        return {name: shrunk(moments) for name, moments in found.items()} if self._synthetic else found
+            found = each_moments(self._bridge, self._examined, self.images, seed=self.seed, advance=advance)
+            for name, own in found:
+                shelf.put(name, shrunk(own) if self._synthetic else own)
+        return shelf
 
     @cached_property
     def fisher(self) -> dict[str, np.ndarray]:
@@ -82,17 +94,21 @@ class Sensitivity:
             return collect_fisher(self._bridge, self._examined, self.images, seed=self.seed, advance=advance)
 
     @cached_property
-    def targets(self) -> dict[str, Target]:
+    def targets(self) -> Targets:
         """What the dense network computes at every site with candidates, for the refit."""
-        return dense_outputs(self._bridge, self._examined, self.images, seed=self.seed)
+        with console.progress("targets of the refit", len(self.images)) as advance:
+            return dense_outputs(
+                self._bridge, self._examined, self.images, seed=self.seed, folder=self.folder, advance=advance
+            )
 
     def factors(self, name: str, method: str) -> Factors:
-        """The factorisation of a site, made when it is first asked for."""
-        if (name, method) not in self._factors:
-            site, moments, fisher = self.sites[name], self.moments[name], self.fisher[name]
-            found = factorise(site.weight, site.spec, method=method, moments=moments, fisher=fisher)
-            self._factors[name, method] = found
-        return self._factors[name, method]
+        """The factorisation of a site; where others start from what it has solved, it was kept."""
+        known = self._kept.get(f"{name} {method}")
+        return self._factorised(name, method, self.moments[name]) if known is None else known
+
+    def _factorised(self, name: str, method: str, moments: Moments) -> Factors:
+        site = self.sites[name]
+        return factorise(site.weight, site.spec, method=method, moments=moments, fisher=self.fisher[name])
 
     def network(self, plan: Mapping[str, Choice]) -> IRModule:
         """The network of a plan whose chains were decomposed one by one, in the norm of the data, and not fitted."""
@@ -114,18 +130,18 @@ class Sensitivity:
         unpredicted.sort(key=lambda name: self.sites[name].weight.size, reverse=True)
         for name, own in _each(self._predicted, unpredicted, "predicting damage"):
             journal.record("predicted", name, [own[choice] for choice in self.candidates[name]])
+            check()
         predicted = {
             name: dict(zip(self.candidates[name], journal.get("predicted", name), strict=True)) for name in names
         }
-        share = self._share / max(1, sum(bool(choices) for choices in self.candidates.values()))
         found: dict[str, dict[float, float]] = {}
         for name, own in console.track(predicted.items(), "probing damage", total=len(predicted)):
             check()
-            exact = {choice: own[choice] for choice in self._solved(name)}
-            keys = {f"{name} {choice}": choice for choice in probes(exact, share)}
+            keys = {f"{name} {choice}": choice for choice in self._probes(name, own)}
             unknown = [key for key in keys if journal.get("probe", key) is None]
             if unknown:
-                chains = [self._single(name, keys[key]) for key in unknown]
+                cut_already = self._chains.pop(name, {})
+                chains = [cut_already.get(keys[key]) or self._single(name, keys[key]) for key in unknown]
                 for key, changed in zip(unknown, predict_each(self._bridge, images, name, chains), strict=True):
                     journal.record("probe", key, divergence(dense, changed))
             if keys:
@@ -139,10 +155,16 @@ class Sensitivity:
 
     def _single(self, name: str, choice: Choice) -> Chain:
         """The chain of one candidate, decomposed by itself."""
+        return self._cut(name, choice, self.factors(name, choice.method), self.moments[name])
+
+    def _cut(self, name: str, choice: Choice, factors: Factors, moments: Moments) -> Chain:
         assert choice.rank is not None
-        return cut(
-            choice.method, self.factors(name, choice.method), choice.rank, self.sites[name].weight, self.moments[name]
-        )
+        return cut(choice.method, factors, choice.rank, self.sites[name].weight, moments)
+
+    def _probes(self, name: str, predicted: Mapping[Choice, float]) -> list[Choice]:
+        """With which candidates to probe a site: among those whose error was computed."""
+        share = self._share / max(1, sum(bool(choices) for choices in self.candidates.values()))
+        return probes({choice: predicted[choice] for choice in self._solved(name)}, share)
 
     def _costs(self, name: str) -> dict[str, dict[Choice, int]]:
         """MACs of a site's candidates, by method; the costliest first."""
@@ -159,17 +181,31 @@ class Sensitivity:
         return [choice for method, own in groups for choice in (to_solve(own) if METHODS[method].solves else own)]
 
     def _predicted(self, name: str) -> dict[Choice, float]:
-        """Damage of a site's candidates to second order, in nats, before the refit."""
+        """Damage of a site's candidates to second order, in nats, before the refit.
 
-        def error(choice: Choice) -> float:
-            assert choice.rank is not None
-            return self.factors(name, choice.method).error(choice.rank)
-
+        The chains of its probes are cut as well, for the factorisations take too much memory to be kept.
+        """
+        if not self.candidates[name]:
+            return {}
+        moments = self.moments[name]
+        factors: dict[str, Factors] = {}
         found = {}
         for method, own in self._costs(name).items():
+            factors[method] = self._factorised(name, method, moments)
+
+            def error(choice: Choice, method: str = method) -> float:
+                assert choice.rank is not None
+                return factors[method].error(choice.rank)
+
             # the costliest first: what it computes serves the others
             errors = interpolated(own, error) if METHODS[method].solves else {choice: error(choice) for choice in own}
             found.update({choice: value / 2 for choice, value in errors.items()})
+        self._chains[name] = {
+            choice: self._cut(name, choice, factors[choice.method], moments) for choice in self._probes(name, found)
+        }
+        for method, own_factors in factors.items():
+            if METHODS[method].starts:
+                self._kept.put(f"{name} {method}", own_factors)
         return found
 
 

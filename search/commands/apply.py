@@ -21,7 +21,8 @@ from tvm_lowrank.searching.candidates import wide
 from tvm_lowrank.searching.commands.deliver import Delivery, deliver_plan
 from tvm_lowrank.searching.commands.inputs import Inputs, load, opened, synthetic_images
 from tvm_lowrank.searching.fit.reconstruct import reconstruct_if_better
-from tvm_lowrank.searching.fit.refit import dense_outputs, refit
+from tvm_lowrank.searching.fit.refit import refit
+from tvm_lowrank.searching.fit.targets import dense_outputs
 from tvm_lowrank.transform import replace_sites
 
 
@@ -44,7 +45,7 @@ def apply_plan(asked: BundleOptions, given: Mapping[str, Choice] | Path | str, *
 
     seconds: dict[str, float] = {}
     with console.timed(seconds, "decomposing"):
-        network = _network(inputs, plan, seed=seed)
+        network = _network(inputs, plan, seed=seed, folder=asked.folder)
     with opened(inputs) as (device, oracle, times):
         return deliver_plan(
             plan,
@@ -77,8 +78,8 @@ def check_plan(plan: Mapping[str, Choice], sites: list[Site], name: str) -> None
             raise UserError(f"{name}: site {id!r}: {error}; change the plan") from error
 
 
-def _network(inputs: Inputs, plan: Plan, *, seed: int) -> IRModule:
-    """What a dense module becomes under a plan."""
+def _network(inputs: Inputs, plan: Plan, *, seed: int, folder: Path) -> IRModule:
+    """What a dense module becomes under a plan; ``folder`` is where what is known of its sites may wait."""
     mod, sites, splits = inputs.mod, inputs.sites, inputs.splits
     chosen = [site for site in sites if plan.get(site.id, Choice()).rank is not None]
     if not chosen:
@@ -103,8 +104,8 @@ def _network(inputs: Inputs, plan: Plan, *, seed: int) -> IRModule:
         }
         return replace_sites(mod, chains)
     images = splits.calibration
-    targets = dense_outputs(bridge, chosen, images, seed=seed)
+    targets = dense_outputs(bridge, chosen, images, seed=seed, folder=folder)
     fisher = collect_fisher(bridge, chosen, images, seed=seed)
     with console.progress("decomposing and refitting", len(sites)) as advance:
-        chains = refit(mod, sites, plan, images, targets, fisher=fisher, seed=seed, advance=advance)
+        chains = refit(mod, sites, plan, images, targets, fisher=fisher, seed=seed, folder=folder, advance=advance)
     return reconstruct_if_better(mod, replace_sites(mod, chains), images, splits.selection[0], seed=seed)

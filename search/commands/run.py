@@ -38,6 +38,7 @@ from tvm_lowrank.searching.commands.inputs import (
 )
 from tvm_lowrank.searching.commands.within import deliver_within
 from tvm_lowrank.searching.fit.torchrun import joined
+from tvm_lowrank.searching.fit.waiting import PREFIX
 from tvm_lowrank.searching.journal import JOURNAL, Journal, check_unused
 from tvm_lowrank.searching.latency.oracle import LatencyOracle
 
@@ -188,6 +189,8 @@ def _remove_unfinished(out: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
+    for path in out.glob(f"**/{PREFIX}*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _header(asked: SearchOptions, inputs: Inputs) -> dict[str, Any]:

@@ -33,6 +33,7 @@ RIDGE = 1e-2  # relative to the features' mean variance; pulls P towards where i
 GRID, NEWTON = 4, 2  # intervals between p and u that are tried, and the Gauss-Newton steps from the best of their ends
 SLOPE_WIDTH = 1e-2
 REGRESSED_PENALTY = 0.1  # of the z that is decomposed anew
+BLOCK = 4096  # samples that are computed at once where something wide is made of each
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,12 +117,14 @@ def last_features(chain: Chain, columns: Tensor) -> Tensor:
     """
     first, last = chain.specs[0], chain.specs[-1]
     height, width = (max(spec.kernel[axis] for spec in chain.specs) for axis in (0, 1))
-    samples = columns.shape[1]
-    # a column is an image on which the chain has just one position; stride, dilation and padding are already in it
-    values = columns.transpose(0, 1).reshape(samples, first.in_channels, height, width)
-    for conv in chain.convs[:-1]:
-        values = F.conv2d(values, torch.from_numpy(conv.weight), groups=conv.spec.groups)
-    return values.reshape(samples, last.groups, -1).transpose(0, 1)
+    found = []
+    for part in columns.split(BLOCK, dim=1):
+        # a column is an image on which the chain has just one position; stride, dilation and padding are already in it
+        values = part.transpose(0, 1).reshape(part.shape[1], first.in_channels, height, width)
+        for conv in chain.convs[:-1]:
+            values = F.conv2d(values, torch.from_numpy(conv.weight), groups=conv.spec.groups)
+        found.append(values.reshape(part.shape[1], last.groups, -1))
+    return torch.cat(found).transpose(0, 1)
 
 
 @torch.no_grad()

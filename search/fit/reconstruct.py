@@ -29,6 +29,7 @@ from tvm_lowrank.searching.fit.training import Learner, imitation, parameter_gro
 PASSES = 12  # over the images
 MOST_WORK = 2e14  # multiply-accumulates of a reconstruction; large networks get fewer passes
 BATCH = 50
+TRAINED_NUMBERS = 2**27  # of variables of the network, computed at once: gradients keep half a gigabyte of them
 RATE = 0.006  # of Muon in so many passes; fewer of them would not calm down from such large steps
 WARM_UP = 0.1
 SHIFT = 1 / 8  # of an image's size
@@ -41,6 +42,7 @@ def reconstruct(
     *,
     passes: int = PASSES,
     seed: int = 0,
+    check: Callable[[], None] = lambda: None,
     advance: Callable[[float], object] = lambda images: None,
 ) -> IRModule:
     """A compressed network with other parameters, which imitate the dense network better on calibration images.
@@ -49,6 +51,7 @@ def reconstruct(
     ----------
     dense, network : canonical modules; `network` is `dense` with chains in place of sites.
     images : float32 NCHW.
+    check : called before each batch; what it raises ends the reconstruction.
     advance : called with the number of images done after each batch.
     """
     teacher, student = Learner(dense), Learner(network, learns=True)
@@ -57,19 +60,22 @@ def reconstruct(
     generator = torch.Generator().manual_seed(seed)
     x = torch.from_numpy(images)
     steps = passes * math.ceil(len(x) / BATCH)
+    at_once = max(1, TRAINED_NUMBERS // sum(student.bridge.sizes()))
     done = 0
     for _ in range(passes):
         for picked in torch.randperm(len(x), generator=generator).split(BATCH):
             for group in optimiser.param_groups:
                 group["lr"] = rate * ramp((done + 0.5) / steps, WARM_UP)
+            check()
             batch = varied(x[picked], generator)
-            with torch.no_grad():
-                wanted = watched(teacher, batch)
-            loss = imitation(wanted, watched(student, batch))
-            if not math.isfinite(loss.item()):
-                return network
             optimiser.zero_grad()
-            loss.backward()
+            for part in batch.split(at_once):
+                with torch.no_grad():
+                    wanted = watched(teacher, part)
+                loss = imitation(wanted, watched(student, part)) * (len(part) / len(batch))
+                if not math.isfinite(loss.item()):
+                    return network
+                loss.backward()
             optimiser.step()
             done += 1
             advance(len(picked))
@@ -77,7 +83,13 @@ def reconstruct(
 
 
 def reconstruct_if_better(
-    dense: IRModule, network: IRModule, images: np.ndarray, others: np.ndarray, *, seed: int = 0
+    dense: IRModule,
+    network: IRModule,
+    images: np.ndarray,
+    others: np.ndarray,
+    *,
+    seed: int = 0,
+    check: Callable[[], None] = lambda: None,
 ) -> IRModule:
     """The reconstruction of a network, or the network itself: which is nearer to the dense one on other images.
 
@@ -85,7 +97,7 @@ def reconstruct_if_better(
     """
     passes = passes_for(sum(site.macs for site in find_sites(dense)), len(images))
     with console.progress("reconstructing", passes * len(images)) as advance:
-        found = reconstruct(dense, network, images, passes=passes, seed=seed, advance=advance)
+        found = reconstruct(dense, network, images, passes=passes, seed=seed, check=check, advance=advance)
     wanted = predict(TorchBridge(dense), others)
     return min(network, found, key=lambda mod: divergence(wanted, predict(TorchBridge(mod), others)))
 

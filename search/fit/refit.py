@@ -11,8 +11,7 @@ the chain is refit to what the network sees of it, through a residual addition, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,75 +20,20 @@ from torch import Tensor
 from tvm import relax
 from tvm.ir import IRModule
 
-from tvm_lowrank.bridge.calibrate import batches, sample_columns, sample_positions, sample_values
-from tvm_lowrank.bridge.epilogue import Epilogue, epilogue, rivals
+from tvm_lowrank.bridge.epilogue import Epilogue, epilogue
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
+from tvm_lowrank.bridge.torch_nn import chain as chain_function
 from tvm_lowrank.graph import Site
 from tvm_lowrank.methods import METHODS, Chain, Factors, Moments, compose, decompose, grouped
 from tvm_lowrank.plan import Choice
 from tvm_lowrank.searching.candidates import wide
-from tvm_lowrank.searching.fit.nonlinear import Response, chain_outputs, joined, refit_through
-from tvm_lowrank.transform import replace_sites
+from tvm_lowrank.searching.fit.nonlinear import BLOCK, Response, chain_outputs, joined, refit_through
+from tvm_lowrank.searching.fit.sweep import Sweep
+from tvm_lowrank.searching.fit.targets import Target, split
 
 RIDGE = 1e-2  # pulls B towards the dense kernel where the calibration images say little
 
 
-class _Reached(Exception):
-    """Ends a forward pass at the site of interest."""
-
-
-@dataclass(frozen=True, eq=False)
-class Target:
-    """What the dense network computes at a site's sampled positions.
-
-    ``outputs`` (g, samples, N/g) is before the bias; ``addend`` (samples, N) is the other operand of the residual
-    addition, and ``floor`` (samples, N) the largest rival in the window of the max-pool, where there are such.
-    """
-
-    outputs: Tensor
-    addend: Tensor | None = None
-    floor: Tensor | None = None
-
-
-@torch.no_grad()
-def dense_outputs(
-    bridge: TorchBridge, sites: Sequence[Site], images: np.ndarray, *, seed: int = 0
-) -> dict[str, Target]:
-    """The target of each site of a dense network over the images (float32 NCHW)."""
-    wanted = {site.id: site for site in sites}
-    parts: dict[tuple[str, str], list[Tensor]] = {}
-    start = 0
-
-    def record(name: str, what: str, values: Tensor) -> None:
-        rows, cols = sample_positions(name, start, len(values), (values.shape[2], values.shape[3]), seed)
-        parts.setdefault((name, what), []).append(sample_values(values, rows, cols))
-
-    def tap(name: str, inputs: Tensor, outputs: Tensor) -> None:
-        if name in wanted:
-            record(name, "outputs", outputs)
-
-    def record_rivals(name: str, window: tuple[int, int], values: Tensor) -> None:
-        record(name, "floor", rivals(values, window))
-
-    watch: list[tuple[relax.Var, Callable[[Tensor], None]]] = []
-    for name in wanted:
-        after = epilogue(bridge.function, name)
-        if after.residual is not None:
-            watch.append((after.residual, partial(record, name, "addend")))
-        if after.window is not None:
-            watch.append((after.result, partial(record_rivals, name, after.window)))
-    for start, chunk in batches(images):  # noqa: B007 - the taps read it
-        bridge(chunk, tap=tap, watch=watch)
-    whole = {key: torch.cat(chunks) for key, chunks in parts.items()}
-    return {
-        name: Target(
-            _split(whole[name, "outputs"], site.spec.groups), whole.get((name, "addend")), whole.get((name, "floor"))
-        )
-        for name, site in wanted.items()
-    }
-
-
-@torch.no_grad()
 def site_columns(
     bridge: TorchBridge,
     site: Site,
@@ -98,34 +42,9 @@ def site_columns(
     residual: relax.Var | None = None,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
-    """What a still dense site multiplies at its sampled positions, and what is added to its output there.
-
-    Returns the columns (g, samples, D) and the values (samples, N) of the variable `residual`, if one is named.
-    """
-    columns: list[Tensor] = []
-    addends: list[Tensor] = []
-    start, size = 0, site.spec.output_size(site.size)
-
-    def stop() -> None:
-        if residual is None or len(columns) == len(addends):
-            raise _Reached
-
-    def tap(name: str, inputs: Tensor, outputs: Tensor) -> None:
-        if name == site.id:
-            columns.append(sample_columns(inputs, site.spec, *sample_positions(name, start, len(inputs), size, seed)))
-            stop()
-
-    def record(values: Tensor) -> None:
-        addends.append(sample_values(values, *sample_positions(site.id, start, len(values), size, seed)))
-        stop()
-
-    watch = [] if residual is None else [(residual, record)]
-    for start, chunk in batches(images):  # noqa: B007 - the taps read it
-        try:
-            bridge(chunk, tap=tap, watch=watch)
-        except _Reached:
-            continue
-    return torch.cat(columns, dim=1), torch.cat(addends) if addends else None
+    """`Sweep.columns` of one site of a network."""
+    with Sweep(bridge, [site], images, seed=seed) as sweep:
+        return sweep.columns(site, residual)
 
 
 def refit(
@@ -139,6 +58,8 @@ def refit(
     known: Callable[[str, str], Factors] | None = None,
     nonlinear: bool = True,
     seed: int = 0,
+    folder: Path | None = None,
+    check: Callable[[], None] = lambda: None,
     advance: Callable[[], object] = lambda: None,
 ) -> dict[str, Chain]:
     """Chains of a plan, fitted one after another in network order.
@@ -147,32 +68,33 @@ def refit(
     ----------
     mod : the dense canonical module.
     images : calibration images, float32 NCHW.
-    targets : what `dense_outputs` returned for the same images and seed.
+    targets : what `tvm_lowrank.searching.fit.targets.dense_outputs` returned for the same images and seed.
     fisher : Fisher information (N, N) of the sites' outputs, which weights their errors where it is given.
     known : the factors of the dense weights of a site, by a method; CP solves start near them.
     nonlinear : minimise the error after residual addition, activation and max-pool, not that of the output itself.
+    folder : where images may wait between the sites.
+    check : called often; what it raises ends the refit.
     advance : called after each site.
     """
     chains: dict[str, Chain] = {}
-    for site in sites:
-        choice = plan.get(site.id, Choice())
-        if choice.rank is not None:
-            bridge = TorchBridge(replace_sites(mod, chains))
-            after, target = epilogue(bridge.function, site.id), targets[site.id]
-            residual = after.residual if nonlinear else None
-            columns, addend = site_columns(bridge, site, images, residual=residual, seed=seed)
-            if wide(site):
-                chains[site.id] = _of_weights(site, choice, columns, target)
-                advance()
-                continue
-            factors = known(site.id, choice.method) if known and METHODS[choice.method].starts else None
-            near = None if factors is None else factors.weights(choice.rank)
-            regression = _Regression(site, choice, columns, (fisher or {}).get(site.id), near)
-            if nonlinear:
-                chains[site.id] = _through(regression, after, target, addend)
-            else:
-                chains[site.id] = regression(target.outputs)
-        advance()
+    bridge = TorchBridge(mod)
+    with Sweep(bridge, sites, images, folder=folder, seed=seed, check=check) as sweep:
+        for site in sites:
+            choice = plan.get(site.id, Choice())
+            if choice.rank is not None:
+                after, target = epilogue(bridge.function, site.id), targets[site.id]
+                columns, addend = sweep.columns(site, after.residual if nonlinear else None)
+                if wide(site):
+                    fitted = _of_weights(site, choice, columns, target)
+                else:
+                    factors = known(site.id, choice.method) if known and METHODS[choice.method].starts else None
+                    near = None if factors is None else factors.weights(choice.rank)
+                    regression = _Regression(site, choice, columns, (fisher or {}).get(site.id), near)
+                    check()
+                    fitted = _through(regression, after, target, addend) if nonlinear else regression(target.outputs)
+                sweep.replace(site.id, chain_function(fitted.convs, fitted.bias_correction))
+                chains[site.id] = fitted
+            advance()
     return chains
 
 
@@ -194,7 +116,7 @@ def _through(regression: _Regression, after: Epilogue, target: Target, addend: T
         wanted, rest = wanted + target.addend, bias + addend
 
     def fit(values: Tensor) -> Chain:
-        return regression(_split(values - rest, site.spec.groups))
+        return regression(split(values - rest, site.spec.groups))
 
     chain = fit(wanted)
     respond = Response(after.activation, target.floor)
@@ -219,7 +141,7 @@ class _Regression:
         lifted = self.moments.covariance.copy()
         diagonal = np.arange(lifted.shape[1])
         lifted[:, diagonal, diagonal] += RIDGE * np.trace(lifted, axis1=1, axis2=2)[:, None] / lifted.shape[1] + 1e-30
-        self._factors = [linalg.cho_factor(matrix, lower=True) for matrix in lifted]
+        self._factors = [linalg.cho_factor(matrix, lower=True, overwrite_a=True) for matrix in lifted]
 
     def __call__(self, outputs: Tensor) -> Chain:
         """The chain for outputs (g, samples, N/g)."""
@@ -247,13 +169,14 @@ class _Regression:
         return Chain(chain.convs, bias.reshape(-1).astype(np.float32))
 
 
-def _split(values: Tensor, groups: int) -> Tensor:
-    """(samples, N) as (groups, samples, N/groups)."""
-    return values.reshape(len(values), groups, -1).transpose(0, 1)
-
-
 def moments_of(columns: Tensor) -> Moments:
-    """Mean and covariance of (g, samples, D) columns."""
-    mean = columns.double().mean(dim=1)
-    centred = columns - mean[:, None].float()
-    return Moments(mean.numpy(), (centred.transpose(1, 2) @ centred).double().numpy() / columns.shape[1])
+    """Mean and covariance of (g, samples, D) columns, summed in double precision over blocks of the samples."""
+    groups, samples, depth = columns.shape
+    mean = torch.zeros(groups, depth, dtype=torch.float64)
+    for part in columns.split(BLOCK, dim=1):
+        mean += part.double().sum(dim=1) / samples
+    covariance = torch.zeros(groups, depth, depth, dtype=torch.float64)
+    for part in columns.split(BLOCK, dim=1):
+        centred = part - mean[:, None].float()
+        covariance += centred.mT @ centred
+    return Moments(mean.numpy(), (covariance / samples).numpy())

@@ -255,3 +255,19 @@ def test_unknown_operators_are_named_when_the_bridge_is_made(build: Callable, wo
     with pytest.raises(UserError) as caught:
         TorchBridge(module(build, (4, 5, 3)))
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("network", [models.ResNet20, models.DenseNet, models.MobileNetV2])
+def test_a_batch_goes_on_from_anywhere(network: type[torch.nn.Module]) -> None:
+    bridge = TorchBridge(import_model(models.randomised(network()).eval(), input_shape=(1, 3, 32, 32)))
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    expected, state, widths = bridge(x), bridge.start(x), bridge.widths()
+    assert len(widths) == bridge.length + 1
+    for position in range(0, bridge.length + 1, 3):
+        state = bridge.resume(state, position)
+        tensors = [value for value in state.values.values() if isinstance(value, torch.Tensor)]
+        assert sum(value.numel() for value in tensors) == 2 * widths[position]
+    state = bridge.resume(state, bridge.length)
+    assert torch.equal(bridge.result(state), expected)
+    with pytest.raises(KeyError):
+        bridge.position("nowhere")

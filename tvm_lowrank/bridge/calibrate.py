@@ -20,6 +20,11 @@ BLOCK = 1024  # rows of a covariance that are summed at once, and no further to 
 POSITIONS = 32  # output positions an image and site; 300 columns are already near convergence
 
 
+def positions_of(size: Pair) -> int:
+    """How many of the output positions of an image are sampled."""
+    return min(POSITIONS, size[0] * size[1])
+
+
 def sample_positions(site: str, first: int, count: int, size: Pair, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Uniform output positions, (rows, columns) of (count, k) each, for the images number first, first + 1, …
 
@@ -27,8 +32,7 @@ def sample_positions(site: str, first: int, count: int, size: Pair, seed: int = 
     """
     generator = torch.Generator().manual_seed(zlib.crc32(f"{site}/{first}/{seed}".encode()))
     height, width = size
-    draws = min(POSITIONS, height * width)
-    order = torch.rand(count, height * width, generator=generator).argsort(dim=1)[:, :draws]
+    order = torch.rand(count, height * width, generator=generator).argsort(dim=1)[:, : positions_of(size)]
     return order // width, order % width
 
 
@@ -55,7 +59,6 @@ def sample_values(values: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     return values.permute(0, 2, 3, 1)[torch.arange(len(values)).view(-1, 1), rows, cols].flatten(0, 1)
 
 
-@torch.no_grad()
 def collect_moments(
     bridge: TorchBridge,
     sites: Sequence[Site],
@@ -71,6 +74,19 @@ def collect_moments(
     images : float32 NCHW.
     advance : called with the number of images done after each batch.
     """
+    return dict(each_moments(bridge, sites, images, seed=seed, advance=advance))
+
+
+@torch.no_grad()
+def each_moments(
+    bridge: TorchBridge,
+    sites: Sequence[Site],
+    images: np.ndarray,
+    *,
+    seed: int = 0,
+    advance: Callable[[int], object] = lambda done: None,
+) -> Iterator[tuple[str, Moments]]:
+    """The moments of `collect_moments`, each with its site: those of all sites need not be in memory together."""
     wanted = {site.id: site for site in sites}
     counts = dict.fromkeys(wanted, 0)
     sums: dict[str, Tensor] = {}
@@ -93,13 +109,12 @@ def collect_moments(
     for start, chunk in batches(images):  # noqa: B007 - the tap reads it
         bridge(chunk, tap=tap)
         advance(len(chunk))
-    moments = {}
     for name, count in counts.items():
         mean = (sums[name] / count).numpy()
-        upper = np.triu(products.pop(name).numpy()).astype(np.float64) / count
-        covariance = upper + np.triu(upper, 1).swapaxes(1, 2) - mean[:, :, None] * mean[:, None, :]
-        moments[name] = Moments(mean, covariance)
-    return moments
+        covariance = np.triu(products.pop(name).numpy()).astype(np.float64) / count
+        covariance += np.triu(covariance, 1).swapaxes(1, 2)
+        covariance -= mean[:, :, None] * mean[:, None, :]
+        yield name, Moments(mean, covariance)
 
 
 def _add_products(sums: Tensor, columns: Tensor) -> None:

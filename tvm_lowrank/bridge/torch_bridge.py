@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,6 +74,15 @@ class _Run:
         return args, value
 
 
+@dataclass(frozen=True, eq=False)
+class State:
+    """A batch on its way through the function: what later steps read, by slot, after the first `position` steps."""
+
+    position: int
+    values: dict[int, Any]
+    dims: Dims
+
+
 class TorchBridge(nn.Module):
     """A canonical Relax function as a PyTorch module, at any batch size.
 
@@ -129,27 +139,8 @@ class TorchBridge(nn.Module):
         return SiteParameters(parameters[weight], None if bias is None else parameters[bias])  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, tap: Tap | None = None, watch: Watch = ()) -> Tensor:
-        """Run the function on a batch (NCHW, float32).
-
-        ``tap(site, input, output)`` is called at every site; ``output`` is the convolution's, before its bias.
-        ``watch`` lists variables of `function`, each with what to call as soon as it has its value.
-        """
-        watched: dict[int, list[Callable[[Tensor], None]]] = {}
-        for var, call in watch:
-            watched.setdefault(self._slots[var], []).append(call)
-        run = _Run(self._dims(x), {**self._parameters, **self._buffers})
-        env: list[Any] = [None] * len(self._slots)
-        env[0] = x
-        for call in watched.get(0, ()):
-            call(x)
-        with torch.device(x.device) if self._creates else contextlib.nullcontext():
-            for step in self._steps:
-                args, value = run.step(step, env)
-                if tap is not None and step.site is not None:
-                    tap(step.site, args[0], value)
-                for call in watched.get(step.out, ()):
-                    call(value)
-            return self._result(env, run.constants, run.dims)
+        """Run the function on a batch (NCHW, float32); ``tap`` and ``watch`` are those of `resume`."""
+        return self.result(self.resume(self.start(x), self.length, tap=tap, watch=watch))
 
     def forked(self, x: Tensor, site: str, instead: Sequence[Callable[[Tensor], Tensor]]) -> list[Tensor]:
         """The outputs with each of these functions in the place of a site's convolution, without its bias.
@@ -161,23 +152,97 @@ class TorchBridge(nn.Module):
         KeyError
             If there is no such site.
         """
+        before = self.resume(self.start(x), self.position(site))
+        return [self.result(self.resume(before, self.length, instead={site: own})) for own in instead]
+
+    @property
+    def length(self) -> int:
+        """The number of steps, one for each binding of the function."""
+        return len(self._steps)
+
+    def position(self, site: str) -> int:
+        """The number of steps before a site; KeyError if there is no such site."""
         if site not in self._sites:
             raise KeyError(site)
-        run = _Run(self._dims(x), {**self._parameters, **self._buffers})
-        at = next(i for i, step in enumerate(self._steps) if step.site == site)
-        env: list[Any] = [None] * len(self._slots)
-        env[0] = x
-        outputs = []
-        with torch.device(x.device) if self._creates else contextlib.nullcontext():
-            for step in self._steps[:at]:
-                run.step(step, env)
-            for compute in instead:
-                branch = list(env)
-                run.step(replace(self._steps[at], compute=lambda image, _weight, own=compute: own(image)), branch)
-                for step in self._steps[at + 1 :]:
-                    run.step(step, branch)
-                outputs.append(self._result(branch, run.constants, run.dims))
-        return outputs
+        return next(i for i, step in enumerate(self._steps) if step.site == site)
+
+    def start(self, x: Tensor) -> State:
+        """A batch (NCHW, float32) before the first step."""
+        return State(0, {0: x}, self._dims(x))
+
+    def resume(
+        self,
+        state: State,
+        until: int,
+        *,
+        instead: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+        tap: Tap | None = None,
+        watch: Watch = (),
+    ) -> State:
+        """A batch after so many steps, from where it is; the state that is given stays as it is.
+
+        ``instead`` are functions in the place of sites' convolutions, without their biases. ``tap(site, input,
+        output)`` is called at every site; ``output`` is the convolution's, before its bias. ``watch`` lists variables
+        of `function`, each with what to call as soon as it has its value.
+        """
+        watched: dict[int, list[Callable[[Tensor], None]]] = {}
+        for var, call in watch:
+            watched.setdefault(self._slots[var], []).append(call)
+        run, env = self._running(state)
+        if state.position == 0:
+            for call in watched.get(0, ()):
+                call(env[0])
+        device = next((value.device for value in state.values.values() if isinstance(value, Tensor)), None)
+        with torch.device(device) if self._creates and device else contextlib.nullcontext():
+            for step in self._steps[state.position : until]:
+                own = None if instead is None or step.site is None else instead.get(step.site)
+                if own is not None:
+                    step = replace(step, compute=lambda image, _weight, own=own: own(image))
+                args, value = run.step(step, env)
+                if tap is not None and step.site is not None:
+                    tap(step.site, args[0], value)
+                for call in watched.get(step.out, ()):
+                    call(value)
+        return State(until, {slot: value for slot, value in enumerate(env) if value is not None}, state.dims)
+
+    def value(
+        self,
+        state: State,
+        var: relax.Var,
+        *,
+        instead: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+        tap: Tap | None = None,
+    ) -> Tensor:
+        """The value of a variable, for a batch that has it or will have; at least one step is done."""
+        slot, until = self._slots[var], state.position + 1
+        if slot not in state.values:
+            until = max(until, 1 + next(i for i, step in enumerate(self._steps) if step.out == slot))
+        found: list[Tensor] = [state.values[slot]] if slot in state.values else []
+        self.resume(state, until, instead=instead, tap=tap, watch=() if found else [(var, found.append)])
+        return found[0]
+
+    def result(self, state: State) -> Tensor:
+        """The output for a batch that has done all steps."""
+        run, env = self._running(state)
+        return self._result(env, run.constants, run.dims)
+
+    def _running(self, state: State) -> tuple[_Run, list[Any]]:
+        """What is needed to go on with a batch: the run, and the environment."""
+        env = [state.values.get(slot) for slot in range(len(self._slots))]
+        return _Run(state.dims, {**self._parameters, **self._buffers}), env
+
+    def sizes(self) -> list[int]:
+        """Numbers an image in the input and in what each step makes."""
+        return [_size(var) for var in (self.function.params[0], *(b.var for b in bindings(self.function)))]
+
+    def widths(self) -> list[int]:
+        """Numbers an image that are alive before each step, and at the end."""
+        sizes = self.sizes()
+        alive, found = sizes[0], []
+        for step in self._steps:
+            found.append(alive)
+            alive += sizes[step.out] - sum(sizes[slot] for slot in step.free)
+        return [*found, alive]
 
     def to_relax(self) -> IRModule:
         """The module with the current parameters as the function's constants; everything else is the same."""
@@ -288,6 +353,13 @@ def _with_frees(steps: list[_Step], reads: list[set[int]]) -> list[_Step]:
     for slot, i in last.items():
         frees[i].append(slot)
     return [_Step(s.compute, s.args, s.out, s.site, tuple(f)) for s, f in zip(steps, frees[:-1], strict=True)]
+
+
+def _size(var: relax.Var) -> int:
+    """Numbers of one image in a variable; 0 for what is no tensor of images."""
+    shape = getattr(var.ty, "shape", None)
+    dims = [] if shape is None else [int(d) if isinstance(d, tirx.IntImm) else None for d in list(shape)[1:]]
+    return math.prod(d for d in dims if d is not None) if dims else 0
 
 
 def _input_shape(function: relax.Function) -> tuple[int | str, ...]:

@@ -18,7 +18,8 @@ from tvm_lowrank.importers.importer import import_model
 from tvm_lowrank.methods import METHODS, compose, decompose
 from tvm_lowrank.plan import Choice, Plan
 from tvm_lowrank.searching.fit.nonlinear import Response, chain_outputs
-from tvm_lowrank.searching.fit.refit import dense_outputs, refit, site_columns
+from tvm_lowrank.searching.fit.refit import refit, site_columns
+from tvm_lowrank.searching.fit.targets import dense_outputs
 from tvm_lowrank.transform import replace_sites
 
 

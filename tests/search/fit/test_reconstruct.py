@@ -16,7 +16,8 @@ from tvm_lowrank.plan import Choice, Plan
 from tvm_lowrank.searching.damage import divergence
 from tvm_lowrank.searching.fit import reconstruct as module
 from tvm_lowrank.searching.fit.reconstruct import passes_for, reconstruct, reconstruct_if_better, varied
-from tvm_lowrank.searching.fit.refit import dense_outputs, refit
+from tvm_lowrank.searching.fit.refit import refit
+from tvm_lowrank.searching.fit.targets import dense_outputs
 from tvm_lowrank.searching.fit.training import Learner
 from tvm_lowrank.transform import replace_sites
 

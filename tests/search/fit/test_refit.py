@@ -16,7 +16,8 @@ from tvm_lowrank.methods import METHODS, decompose
 from tvm_lowrank.plan import Choice
 from tvm_lowrank.searching.candidates import skipped
 from tvm_lowrank.searching.fit.nonlinear import chain_outputs
-from tvm_lowrank.searching.fit.refit import dense_outputs, refit, site_columns
+from tvm_lowrank.searching.fit.refit import refit, site_columns
+from tvm_lowrank.searching.fit.targets import dense_outputs
 from tvm_lowrank.transform import replace_sites
 
 

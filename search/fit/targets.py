@@ -1,0 +1,109 @@
+"""What the dense network computes at every site, for compressed ones to be fitted to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tvm import relax
+
+from tvm_lowrank.bridge.calibrate import batches, sample_positions, sample_values
+from tvm_lowrank.bridge.epilogue import epilogue, rivals
+from tvm_lowrank.bridge.torch_bridge import TorchBridge
+from tvm_lowrank.graph import Site
+from tvm_lowrank.searching.fit.waiting import Rows, waiting_folder
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """What the dense network computes at a site's sampled positions.
+
+    ``outputs`` (g, samples, N/g) is before the bias; ``addend`` (samples, N) is the other operand of the residual
+    addition, and ``floor`` (samples, N) the largest rival in the window of the max-pool, where there are such.
+    """
+
+    outputs: Tensor
+    addend: Tensor | None = None
+    floor: Tensor | None = None
+
+
+class Targets(Mapping[str, Target]):
+    """The targets of sites by their ids, in files until one is asked for."""
+
+    def __init__(self, sites: Sequence[Site], folder: Path | None) -> None:
+        self._groups = {site.id: site.spec.groups for site in sites}
+        self._folder = waiting_folder(folder)
+        self._rows: dict[tuple[str, str], Rows] = {}
+
+    def add(self, name: str, what: str, values: Tensor) -> None:
+        """Append samples of one of a target's fields, (n, N)."""
+        path = Path(self._folder.name) / f"{list(self._groups).index(name)}-{what}"
+        self._rows.setdefault((name, what), Rows(path)).add(values)
+
+    def __getitem__(self, name: str) -> Target:
+        outputs, addend, floor = (self._rows.get((name, what)) for what in ("outputs", "addend", "floor"))
+        if outputs is None:
+            raise KeyError(name)
+        return Target(
+            split(outputs.read(), self._groups[name]),
+            None if addend is None else addend.read(),
+            None if floor is None else floor.read(),
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._groups)
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+
+@torch.no_grad()
+def dense_outputs(
+    bridge: TorchBridge,
+    sites: Sequence[Site],
+    images: np.ndarray,
+    *,
+    seed: int = 0,
+    folder: Path | None = None,
+    advance: Callable[[int], object] = lambda images: None,
+) -> Targets:
+    """The target of each site of a dense network over the images (float32 NCHW).
+
+    ``folder`` is where they wait; ``advance`` is called with the number of images done after each batch.
+    """
+    wanted = {site.id: site for site in sites}
+    targets = Targets(sites, folder)
+    start = 0
+
+    def record(name: str, what: str, values: Tensor) -> None:
+        rows, cols = sample_positions(name, start, len(values), (values.shape[2], values.shape[3]), seed)
+        targets.add(name, what, sample_values(values, rows, cols))
+
+    def tap(name: str, inputs: Tensor, outputs: Tensor) -> None:
+        if name in wanted:
+            record(name, "outputs", outputs)
+
+    def record_rivals(name: str, window: tuple[int, int], values: Tensor) -> None:
+        record(name, "floor", rivals(values, window))
+
+    watch: list[tuple[relax.Var, Callable[[Tensor], None]]] = []
+    for name in wanted:
+        after = epilogue(bridge.function, name)
+        if after.residual is not None:
+            watch.append((after.residual, partial(record, name, "addend")))
+        if after.window is not None:
+            watch.append((after.result, partial(record_rivals, name, after.window)))
+    for start, chunk in batches(images):  # noqa: B007 - the taps read it
+        bridge(chunk, tap=tap, watch=watch)
+        advance(len(chunk))
+    return targets
+
+
+def split(values: Tensor, groups: int) -> Tensor:
+    """(samples, N) as (groups, samples, N/groups)."""
+    return values.reshape(len(values), groups, -1).transpose(0, 1)
