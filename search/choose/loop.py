@@ -272,10 +272,13 @@ class Search:
         return found
 
     def network(self, plan: Plan, fit: Fit) -> IRModule:
-        """The network to deliver for a plan that was evaluated after this fit: at least reconstructed."""
+        """The network to deliver for a plan that was evaluated after this fit: reconstructed, if there is time."""
         doing = "fine-tuning plans" if fit == "finetuned" else "fitting and evaluating plans"
         with console.timed(self.seconds, doing):
-            return self.networks(plan, "reconstructed" if fit == "refitted" else fit)
+            try:
+                return self.networks(plan, "reconstructed" if fit == "refitted" else fit)
+            except TimeUp:
+                return self.networks(plan, fit)
 
     def _answers(self, mod: IRModule) -> np.ndarray:
         return predict(TorchBridge(mod), self.splits.selection[0])

@@ -27,6 +27,7 @@ from tvm_lowrank.searching.fit.torchrun import Workers
 from tvm_lowrank.transform import replace_sites, shape_chains
 
 Fit = Literal["refitted", "reconstructed", "finetuned"]
+RECONSTRUCTION_SHARE = 0.3  # of the time that is left, for one plan
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,11 @@ class Networks:
     def reconstructed(self, plan: Plan) -> IRModule:
         def fit() -> IRModule:
             images, seed = self._known.images, self._known.seed
+            refitted = self.refitted(plan)
+            self._check()
+            limit = RECONSTRUCTION_SHARE * (self._deadline - time.monotonic())
             return reconstruct_if_better(
-                self.mod, self.refitted(plan), images, self._selection, seed=seed, check=self._check
+                self.mod, refitted, images, self._selection, limit=limit, seed=seed, check=self._check
             )
 
         return self._fitted.once(plan, "reconstructed", fit)

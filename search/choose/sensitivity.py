@@ -31,7 +31,7 @@ from tvm_lowrank.transform import replace_sites
 S = TypeVar("S")
 T = TypeVar("T")
 
-PROBE_IMAGES, FEWEST_IMAGES = 500, 100
+PROBE_IMAGES, FEWEST_IMAGES = 500, 50
 PROBE_MACS = 2e11  # of a probe: large networks are probed with fewer images
 
 

@@ -10,7 +10,8 @@ as new ones, for the dense network answers for any image. No labels are used.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 from tvm.ir import IRModule
 
 from tvm_lowrank import console
-from tvm_lowrank.bridge.calibrate import predict
+from tvm_lowrank.bridge.calibrate import predict, trained_at_once
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.graph import find_sites
 from tvm_lowrank.searching.damage import divergence
@@ -29,7 +30,6 @@ from tvm_lowrank.searching.fit.training import Learner, imitation, parameter_gro
 PASSES = 12  # over the images
 MOST_WORK = 2e14  # multiply-accumulates of a reconstruction; large networks get fewer passes
 BATCH = 50
-TRAINED_NUMBERS = 2**27  # of variables of the network, computed at once: gradients keep half a gigabyte of them
 RATE = 0.006  # of Muon in so many passes; fewer of them would not calm down from such large steps
 WARM_UP = 0.1
 SHIFT = 1 / 8  # of an image's size
@@ -41,6 +41,7 @@ def reconstruct(
     images: np.ndarray,
     *,
     passes: int = PASSES,
+    limit: float = math.inf,
     seed: int = 0,
     check: Callable[[], None] = lambda: None,
     advance: Callable[[float], object] = lambda images: None,
@@ -51,35 +52,50 @@ def reconstruct(
     ----------
     dense, network : canonical modules; `network` is `dense` with chains in place of sites.
     images : float32 NCHW.
+    limit : seconds, for which the passes are shortened if they would take longer.
     check : called before each batch; what it raises ends the reconstruction.
     advance : called with the number of images done after each batch.
     """
     teacher, student = Learner(dense), Learner(network, learns=True)
-    rate = RATE * math.sqrt(passes / PASSES)
-    optimiser = Muon(parameter_groups(student.bridge), lr=rate)
     generator = torch.Generator().manual_seed(seed)
     x = torch.from_numpy(images)
-    steps = passes * math.ceil(len(x) / BATCH)
-    at_once = max(1, TRAINED_NUMBERS // sum(student.bridge.sizes()))
-    done = 0
-    for _ in range(passes):
-        for picked in torch.randperm(len(x), generator=generator).split(BATCH):
-            for group in optimiser.param_groups:
-                group["lr"] = rate * ramp((done + 0.5) / steps, WARM_UP)
-            check()
-            batch = varied(x[picked], generator)
-            optimiser.zero_grad()
-            for part in batch.split(at_once):
-                with torch.no_grad():
-                    wanted = watched(teacher, part)
-                loss = imitation(wanted, watched(student, part)) * (len(part) / len(batch))
-                if not math.isfinite(loss.item()):
-                    return network
-                loss.backward()
-            optimiser.step()
-            done += 1
-            advance(len(picked))
+    at_once = trained_at_once(student.bridge)
+
+    def learn(batch: Tensor) -> bool:
+        """Add the gradients of a batch; False if its loss is not finite."""
+        for part in batch.split(at_once):
+            with torch.no_grad():
+                wanted = watched(teacher, part)
+            loss = imitation(wanted, watched(student, part)) * (len(part) / len(batch))
+            if not math.isfinite(loss.item()):
+                return False
+            loss.backward()
+        return True
+
+    a_pass = math.ceil(len(x) / BATCH)
+    steps = passes * a_pass
+    if math.isfinite(limit):
+        start = time.monotonic()
+        learn(x[:BATCH])
+        steps = min(steps, max(1, int(limit / (time.monotonic() - start)) - 1))
+    rate = RATE * math.sqrt(steps / (PASSES * a_pass))
+    optimiser = Muon(parameter_groups(student.bridge), lr=rate)
+    for done, picked in zip(range(steps), _batches(len(x), generator), strict=False):
+        for group in optimiser.param_groups:
+            group["lr"] = rate * ramp((done + 0.5) / steps, WARM_UP)
+        check()
+        optimiser.zero_grad()
+        if not learn(varied(x[picked], generator)):
+            return network
+        optimiser.step()
+        advance(len(x) * passes / steps)
     return student.network()
+
+
+def _batches(count: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """The numbers of so many images in ever new orders, batch by batch."""
+    while True:
+        yield from torch.randperm(count, generator=generator).split(BATCH)
 
 
 def reconstruct_if_better(
@@ -88,6 +104,7 @@ def reconstruct_if_better(
     images: np.ndarray,
     others: np.ndarray,
     *,
+    limit: float = math.inf,
     seed: int = 0,
     check: Callable[[], None] = lambda: None,
 ) -> IRModule:
@@ -97,7 +114,7 @@ def reconstruct_if_better(
     """
     passes = passes_for(sum(site.macs for site in find_sites(dense)), len(images))
     with console.progress("reconstructing", passes * len(images)) as advance:
-        found = reconstruct(dense, network, images, passes=passes, seed=seed, check=check, advance=advance)
+        found = reconstruct(dense, network, images, passes=passes, limit=limit, seed=seed, check=check, advance=advance)
     wanted = predict(TorchBridge(dense), others)
     return min(network, found, key=lambda mod: divergence(wanted, predict(TorchBridge(mod), others)))
 

@@ -75,12 +75,13 @@ class Sweep:
         """
         size = site.spec.output_size(site.size)
         depth = int(np.prod(site.spec.weight_shape[1:]))
-        samples = len(self._images) * positions_of(size)
+        draws = positions_of(site.spec, size, len(self._images))
+        samples = len(self._images) * draws
         columns = torch.empty(site.spec.groups, samples, depth)
         addends = None if residual is None else torch.empty(samples, site.spec.out_channels)
         for start, count, state in self._arrived(self._bridge.position(site.id)):
-            rows, cols = sample_positions(site.id, start, count, size, self._seed)
-            own = slice(start * rows.shape[1], (start + count) * rows.shape[1])
+            rows, cols = sample_positions(site.id, start, count, size, self._seed, draws=draws)
+            own = slice(start * draws, (start + count) * draws)
 
             def tap(name: str, inputs: Tensor, _: Tensor, own: slice = own, at: tuple = (rows, cols)) -> None:
                 if name == site.id:

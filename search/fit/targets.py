@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tvm import relax
 
-from tvm_lowrank.bridge.calibrate import batches, sample_positions, sample_values
+from tvm_lowrank.bridge.calibrate import batches, positions_of, sample_positions, sample_values
 from tvm_lowrank.bridge.epilogue import epilogue, rivals
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.graph import Site
@@ -81,7 +81,9 @@ def dense_outputs(
     start = 0
 
     def record(name: str, what: str, values: Tensor) -> None:
-        rows, cols = sample_positions(name, start, len(values), (values.shape[2], values.shape[3]), seed)
+        size = (values.shape[2], values.shape[3])
+        draws = positions_of(wanted[name].spec, size, len(images))
+        rows, cols = sample_positions(name, start, len(values), size, seed, draws=draws)
         targets.add(name, what, sample_values(values, rows, cols))
 
     def tap(name: str, inputs: Tensor, outputs: Tensor) -> None:

@@ -11,7 +11,14 @@ from torch.nn import functional as F
 from support.models import randomised
 from support.samples import module
 from tvm_lowrank.bridge import calibrate
-from tvm_lowrank.bridge.calibrate import collect_moments, predict, predict_each, sample_columns, sample_positions
+from tvm_lowrank.bridge.calibrate import (
+    collect_moments,
+    positions_of,
+    predict,
+    predict_each,
+    sample_columns,
+    sample_positions,
+)
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.graph import find_sites
 from tvm_lowrank.importers.importer import import_model
@@ -110,3 +117,16 @@ def test_a_site_replaced_without_rebuilding_the_network(site: str) -> None:
         np.testing.assert_allclose(outputs, expected, atol=1e-5)
     with pytest.raises(KeyError):
         predict_each(TorchBridge(mod), images, "absent", chains)
+
+
+def test_samples_do_not_outgrow_memory() -> None:
+    wide, narrow = ConvSpec(512, 512, (3, 3)), ConvSpec(16, 16, (3, 3))
+    assert [positions_of(narrow, (7, 7), images) for images in (10, 1000)] == [32, 32]
+    assert positions_of(narrow, (2, 3), 10) == 6
+    for spec in (wide, ConvSpec(64, 2048, (1, 1)), ConvSpec(1024, 1024, (3, 3), groups=4)):
+        for images in (100, 1000, 5000):
+            samples = images * positions_of(spec, (14, 14), images)
+            columns = samples * int(np.prod(spec.weight_shape[1:])) * spec.groups
+            assert max(columns, 4 * samples * spec.out_channels) <= calibrate.SAMPLED_NUMBERS
+    assert 1000 * positions_of(wide, (7, 7), 1000) >= 3 * 4608
+    assert positions_of(wide, (7, 7), 10**6) == 1  # of each image at least one

@@ -17,22 +17,31 @@ from tvm_lowrank.methods import Chain, ConvSpec, Moments, Pair
 
 BATCH_PIXELS = 1_600_000  # of a batch: a hundred images of 126x126, or 31 of 224x224
 BLOCK = 1024  # rows of a covariance that are summed at once, and no further to the left than the diagonal needs
+TRAINED_NUMBERS = 2**27  # in all variables of a network, for the images that are computed at once with gradients
 POSITIONS = 32  # output positions an image and site; 300 columns are already near convergence
+SAMPLED_NUMBERS = 80_000_000  # in the columns of a site; three times as many samples as inputs where these are 4,608
 
 
-def positions_of(size: Pair) -> int:
-    """How many of the output positions of an image are sampled."""
-    return min(POSITIONS, size[0] * size[1])
+def positions_of(spec: ConvSpec, size: Pair, images: int) -> int:
+    """How many of the output positions of each image are sampled: fewer of wide sites with many images.
+
+    `SAMPLED_NUMBERS` go into the columns of all samples, or a quarter of it into their outputs, of which a refit makes
+    several arrays.
+    """
+    widest = max(int(np.prod(spec.weight_shape[1:])) * spec.groups, 4 * spec.out_channels)
+    return max(1, min(POSITIONS, size[0] * size[1], SAMPLED_NUMBERS // (widest * images)))
 
 
-def sample_positions(site: str, first: int, count: int, size: Pair, seed: int = 0) -> tuple[Tensor, Tensor]:
+def sample_positions(
+    site: str, first: int, count: int, size: Pair, seed: int = 0, *, draws: int = POSITIONS
+) -> tuple[Tensor, Tensor]:
     """Uniform output positions, (rows, columns) of (count, k) each, for the images number first, first + 1, …
 
     They depend on nothing but the arguments, so that two runs over the same batches look at the same positions.
     """
     generator = torch.Generator().manual_seed(zlib.crc32(f"{site}/{first}/{seed}".encode()))
     height, width = size
-    order = torch.rand(count, height * width, generator=generator).argsort(dim=1)[:, : positions_of(size)]
+    order = torch.rand(count, height * width, generator=generator).argsort(dim=1)[:, :draws]
     return order // width, order % width
 
 
@@ -96,12 +105,14 @@ def each_moments(
     def tap(name: str, inputs: Tensor, outputs: Tensor) -> None:
         if name not in wanted:
             return
-        rows, cols = sample_positions(name, start, len(inputs), (outputs.shape[2], outputs.shape[3]), seed)
-        columns = sample_columns(inputs, wanted[name].spec, rows, cols)
+        spec, size = wanted[name].spec, (outputs.shape[2], outputs.shape[3])
+        draws = positions_of(spec, size, len(images))
+        rows, cols = sample_positions(name, start, len(inputs), size, seed, draws=draws)
+        columns = sample_columns(inputs, spec, rows, cols)
         if name not in sums:
-            groups, _, size = columns.shape
-            sums[name] = torch.zeros(groups, size, dtype=torch.float64)
-            products[name] = torch.zeros(groups, size, size)
+            groups, _, depth = columns.shape
+            sums[name] = torch.zeros(groups, depth, dtype=torch.float64)
+            products[name] = torch.zeros(groups, depth, depth)
         counts[name] += columns.shape[1]
         sums[name] += columns.double().sum(dim=1)
         _add_products(products[name], columns)
@@ -148,7 +159,7 @@ def collect_fisher(
     wanted = {site.id for site in sites}
     generator = torch.Generator().manual_seed(seed)
     sums: dict[str, Tensor] = {}
-    for _, chunk in batches(images):
+    for _, chunk in batches(images, min(batch_of(images), trained_at_once(bridge))):
         chunk.requires_grad_(True)
         outputs: dict[str, Tensor] = {}
 
@@ -183,11 +194,16 @@ def predict_each(bridge: TorchBridge, images: np.ndarray, site: str, chains: Seq
     return [np.concatenate([part[i].numpy() for part in parts]) for i in range(len(chains))]
 
 
-def batches(images: np.ndarray) -> Iterator[tuple[int, Tensor]]:
-    """Images in batches that need a moderate amount of memory, each with the number of its first image."""
-    count = batch_of(images)
+def batches(images: np.ndarray, count: int | None = None) -> Iterator[tuple[int, Tensor]]:
+    """Images in batches of so many, or of `batch_of` them, each with the number of its first image."""
+    count = count or batch_of(images)
     for start in range(0, len(images), count):
         yield start, torch.from_numpy(images[start : start + count])
+
+
+def trained_at_once(bridge: TorchBridge) -> int:
+    """How many images to compute at once where gradients are wanted, for which all that is computed is kept."""
+    return max(1, TRAINED_NUMBERS // sum(bridge.sizes()))
 
 
 def batch_of(images: np.ndarray) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tvm_lowrank.data.metric import load_metric
+from tvm_lowrank.errors import TimeUp
 from tvm_lowrank.plan import Choice, Plan
 from tvm_lowrank.searching.choose.drops import POWER, RATE, Rate
 from tvm_lowrank.searching.choose.loop import FIRST_LIMIT, LEAST_LIMIT, MOST_EVALUATIONS, Evaluated, Placed, Search
@@ -179,3 +180,17 @@ def test_what_was_tried_is_known_to_a_search_that_is_resumed(tmp_path: Path) -> 
     ]
     assert 0 < rows[1]["damage"] < rows[0]["damage"] < rows[2]["damage"] and rows[2]["drop"] > 0
     assert first[0]["expected"] != rows[0]["expected"], "the last plan has not made the rate better known"
+
+
+def test_after_the_deadline_the_network_is_the_one_that_was_judged() -> None:
+    search, asked = Landscape(1.0, RATE), []
+
+    def networks(plan: Plan, fit: str) -> str:
+        asked.append(fit)
+        if fit == "reconstructed":
+            raise TimeUp
+        return fit
+
+    search.networks, search.seconds = networks, {}  # type: ignore[assignment]
+    assert search.network(Plan(), "refitted") == "refitted"  # type: ignore[comparison-overlap]
+    assert asked == ["reconstructed", "refitted"]

@@ -10,6 +10,7 @@ from tvm.ir import IRModule
 from tvm_lowrank import example
 from tvm_lowrank.bridge.calibrate import predict
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
+from tvm_lowrank.errors import TimeUp
 from tvm_lowrank.graph import find_sites
 from tvm_lowrank.importers.importer import import_model
 from tvm_lowrank.plan import Choice, Plan
@@ -49,6 +50,26 @@ def test_comes_closer_on_other_images(networks: tuple[IRModule, IRModule, np.nda
     assert [site.spec for site in find_sites(found)] == [site.spec for site in find_sites(refitted)]
     again = reconstruct(dense, refitted, images, passes=4)
     np.testing.assert_array_equal(predict(TorchBridge(again), others[:10]), predict(TorchBridge(found), others[:10]))
+
+
+@pytest.mark.slow
+def test_in_small_parts_and_in_little_time(
+    networks: tuple[IRModule, IRModule, np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches may be computed in parts; a limit shortens the passes, at least to one step; a deadline ends them."""
+    dense, refitted, images, others = networks
+    monkeypatch.setattr(module, "trained_at_once", lambda bridge: 16)
+    found = reconstruct(dense, refitted, images, passes=2)
+    assert damage(dense, found, others) < damage(dense, refitted, others)
+    done: list[float] = []
+    reconstruct(dense, refitted, images, passes=10_000, limit=0.0, advance=done.append)
+    assert done == [10_000 * len(images)]
+
+    def check() -> None:
+        raise TimeUp
+
+    with pytest.raises(TimeUp):
+        reconstruct_if_better(dense, refitted, images, others, check=check)
 
 
 @pytest.mark.slow
