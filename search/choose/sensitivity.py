@@ -24,7 +24,7 @@ from tvm_lowrank.plan import Choice
 from tvm_lowrank.searching.candidates import candidates, site_macs
 from tvm_lowrank.searching.damage import DamageCurve, divergence, interpolated, probes, to_solve
 from tvm_lowrank.searching.fit.targets import Targets, dense_outputs
-from tvm_lowrank.searching.fit.waiting import Shelf
+from tvm_lowrank.searching.fit.waiting import Shelf, give_back
 from tvm_lowrank.searching.journal import Journal
 from tvm_lowrank.transform import replace_sites
 
@@ -85,13 +85,16 @@ class Sensitivity:
             found = each_moments(self._bridge, self._examined, self.images, seed=self.seed, advance=advance)
             for name, own in found:
                 shelf.put(name, shrunk(own) if self._synthetic else own)
+        give_back()
         return shelf
 
     @cached_property
     def fisher(self) -> dict[str, np.ndarray]:
         """Fisher information of the outputs of the sites that have candidates, in the dense network."""
         with console.progress("weighing errors", len(self.images)) as advance:
-            return collect_fisher(self._bridge, self._examined, self.images, seed=self.seed, advance=advance)
+            found = collect_fisher(self._bridge, self._examined, self.images, seed=self.seed, advance=advance)
+        give_back()
+        return found
 
     @cached_property
     def targets(self) -> Targets:
@@ -131,6 +134,7 @@ class Sensitivity:
         for name, own in _each(self._predicted, unpredicted, "predicting damage"):
             journal.record("predicted", name, [own[choice] for choice in self.candidates[name]])
             check()
+        give_back()
         predicted = {
             name: dict(zip(self.candidates[name], journal.get("predicted", name), strict=True)) for name in names
         }

@@ -30,6 +30,7 @@ from tvm_lowrank.searching.candidates import wide
 from tvm_lowrank.searching.fit.nonlinear import BLOCK, Response, chain_outputs, joined, refit_through
 from tvm_lowrank.searching.fit.sweep import Sweep
 from tvm_lowrank.searching.fit.targets import Target, split
+from tvm_lowrank.searching.fit.waiting import give_back
 
 RIDGE = 1e-2  # pulls B towards the dense kernel where the calibration images say little
 
@@ -94,6 +95,7 @@ def refit(
                     fitted = _through(regression, after, target, addend) if nonlinear else regression(target.outputs)
                 sweep.replace(site.id, chain_function(fitted.convs, fitted.bias_correction))
                 chains[site.id] = fitted
+                give_back()
             advance()
     return chains
 
