@@ -36,15 +36,13 @@ class Said:
     """What is said of an option beside its name, type and default.
 
     ``read`` makes its value of text: a type, or a function that raises UserError. ``python`` is added to the help where
-    the function of Python takes more than text. ``positional`` options have no name on the command line.
+    the function of Python takes more than text.
     """
 
     help: str
     read: Callable[[str], Any] = str
     python: str = ""
-    flag: str = ""  # its name on the command line, where that is not --its-name
     environment: str = ""  # the variable that takes its place
-    positional: bool = False
 
 
 def option(help: str, *, default: Any = MISSING, **said: Any) -> Any:
@@ -73,6 +71,7 @@ class Options:
     """A part of what can be asked."""
 
     TITLE: ClassVar[str]
+    POSITIONAL: ClassVar[tuple[str, ...]] = ()  # the options that have no name on the command line
 
 
 @_options
@@ -101,13 +100,7 @@ class ModelOptions(Options):
 class GivenModel(ModelOptions):
     """Which network, where a command has little else to ask."""
 
-    TITLE: ClassVar[str] = "Model"
-    model: Model = option(
-        "file.py:factory, pkg.module:factory, model.pt2 or model.onnx; none is the bundled CIFAR-10 network.",
-        default=None,
-        python="Or a torch module.",
-        positional=True,
-    )
+    POSITIONAL: ClassVar[tuple[str, ...]] = ("model",)
 
 
 @_options
@@ -312,10 +305,11 @@ class SearchOptions(BundleOptions):
 
 def grouped(options: type[Options]) -> Mapping[str, str]:
     """The title that each field of a class stands under, by its name; in the order in which ``--help`` shows them."""
+    known = {own.name for own in fields(options)}
     found: dict[str, str] = {}
     for cls in options.__mro__:
         for name in get_annotations(cls):
-            if issubclass(cls, Options) and name != "TITLE":
+            if issubclass(cls, Options) and name in known:
                 found.setdefault(name, cls.TITLE)
     return dict(sorted(found.items(), key=lambda item: TITLES.index(item[1])))
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tvm_lowrank.options import grouped, said
+from tvm_lowrank.options import Options, grouped, said
 
 READ_BY_TYPER = (bool, int, float)
 
@@ -44,10 +44,10 @@ def _value(field: Field[Any], given: Any) -> Any:
     return given if read in READ_BY_TYPER else read(given)
 
 
-def _parameters(options: type, known: dict[str, Field[Any]]) -> Iterator[inspect.Parameter]:
+def _parameters(options: type[Options], known: dict[str, Field[Any]]) -> Iterator[inspect.Parameter]:
     for name, title in grouped(options).items():
         about = said(known[name])
-        if about.positional:
+        if name in options.POSITIONAL:
             info: Any = typer.Argument(help=about.help)
         else:
             flags = (f"--{name.replace('_', '-')}",)  # without it, typer adds a --no- to what is true or false
