@@ -103,7 +103,8 @@ def plan_of(chosen: Mapping[str, Option]) -> Plan:
 class Search:
     """Everything that is known about one network under one target, computed when first needed.
 
-    ``dense_latency`` measures the whole dense network, in ms; ``folder`` is where fitted networks are kept.
+    ``dense_latency`` measures the whole dense network, in ms; ``folder`` is where fitted networks are kept, and
+    ``scratch`` where what is known of the sites may wait.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class Search:
         dense_latency: Callable[[], float] | None = None,
         folder: Path | None = None,
         training: Training | None = None,
+        scratch: Path | None = None,
     ) -> None:
         self.mod = mod
         self.splits = splits
@@ -137,7 +139,7 @@ class Search:
             share=FIRST_LIMIT,
             synthetic=settings.synthetic,
             seed=settings.seed,
-            folder=folder,
+            folder=scratch,
         )
         self.networks = Networks(
             self.sensitivity,

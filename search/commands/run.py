@@ -98,6 +98,7 @@ def _search(asked: SearchOptions, inputs: Inputs, start: float) -> dict[str, Any
             partial(dense_latency, inputs.mod, oracle, delivery),
             asked.folder / FITTED,
             inputs.training,
+            asked.folder,
         )
         manifest = _delivered(asked, inputs, finder, oracle, delivery)
     if time.monotonic() < deadline:  # else more time may find more
@@ -189,7 +190,7 @@ def _remove_unfinished(out: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
-    for path in out.glob(f"**/{PREFIX}*"):
+    for path in out.glob(f"{PREFIX}*"):
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -44,8 +44,7 @@ def site_columns(
     seed: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """`Sweep.columns` of one site of a network."""
-    with Sweep(bridge, [site], images, seed=seed) as sweep:
-        return sweep.columns(site, residual)
+    return Sweep(bridge, [site], images, seed=seed).columns(site, residual)
 
 
 def refit(
@@ -79,24 +78,24 @@ def refit(
     """
     chains: dict[str, Chain] = {}
     bridge = TorchBridge(mod)
-    with Sweep(bridge, sites, images, folder=folder, seed=seed, check=check) as sweep:
-        for site in sites:
-            choice = plan.get(site.id, Choice())
-            if choice.rank is not None:
-                after, target = epilogue(bridge.function, site.id), targets[site.id]
-                columns, addend = sweep.columns(site, after.residual if nonlinear else None)
-                if wide(site):
-                    fitted = _of_weights(site, choice, columns, target)
-                else:
-                    factors = known(site.id, choice.method) if known and METHODS[choice.method].starts else None
-                    near = None if factors is None else factors.weights(choice.rank)
-                    regression = _Regression(site, choice, columns, (fisher or {}).get(site.id), near)
-                    check()
-                    fitted = _through(regression, after, target, addend) if nonlinear else regression(target.outputs)
-                sweep.replace(site.id, chain_function(fitted.convs, fitted.bias_correction))
-                chains[site.id] = fitted
-                give_back()
-            advance()
+    sweep = Sweep(bridge, sites, images, folder=folder, seed=seed, check=check)
+    for site in sites:
+        choice = plan.get(site.id, Choice())
+        if choice.rank is not None:
+            after, target = epilogue(bridge.function, site.id), targets[site.id]
+            columns, addend = sweep.columns(site, after.residual if nonlinear else None)
+            if wide(site):
+                fitted = _of_weights(site, choice, columns, target)
+            else:
+                factors = known(site.id, choice.method) if known and METHODS[choice.method].starts else None
+                near = None if factors is None else factors.weights(choice.rank)
+                regression = _Regression(site, choice, columns, (fisher or {}).get(site.id), near)
+                check()
+                fitted = _through(regression, after, target, addend) if nonlinear else regression(target.outputs)
+            sweep.replace(site.id, chain_function(fitted.convs, fitted.bias_correction))
+            chains[site.id] = fitted
+            give_back()
+        advance()
     return chains
 
 

@@ -1,16 +1,15 @@
 """Images on their way through a network whose sites are replaced one after another, in network order.
 
 What a site sees depends on the sites before it only. So the images are not sent through the whole network for each of
-them: they wait, in what is alive there, at a place where little is, and go on from it. What is more than a small part
-of memory waits in files.
+them: they wait, in what is alive there, at a place where little is, and go on from it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import torch
@@ -20,14 +19,13 @@ from tvm import relax
 from tvm_lowrank.bridge.calibrate import batches, positions_of, sample_columns, sample_positions, sample_values
 from tvm_lowrank.bridge.torch_bridge import State, TorchBridge
 from tvm_lowrank.graph import Site
-from tvm_lowrank.searching.fit.waiting import waiting_folder
+from tvm_lowrank.searching.fit.waiting import Shelf
 
 MOST_REPEATED = 0.1  # of the network's MACs: what is computed again for each site; for more, a wider place is taken
-IN_MEMORY = 2**28  # bytes of waiting images; more are in files
 
 
 class Sweep:
-    """A way through a network, from site to site; use it as a context.
+    """A way through a network, from site to site.
 
     Parameters
     ----------
@@ -53,14 +51,8 @@ class Sweep:
         self._widths = bridge.widths()
         self._instead: dict[str, Callable[[Tensor], Tensor]] = {}
         self._place = 0  # of the waiting images: steps that they have done
-        self._folder = waiting_folder(folder)
-        self._waiting: dict[int, State] = {}
-
-    def __enter__(self) -> Sweep:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._folder.cleanup()
+        self._folder = folder
+        self._waiting: Shelf[State] = Shelf(folder)
 
     def replace(self, site: str, compute: Callable[[Tensor], Tensor]) -> None:
         """From now on a site is computed by this function, of its input and without its bias."""
@@ -96,31 +88,34 @@ class Sweep:
 
     def _arrived(self, position: int) -> Iterator[tuple[int, int, State]]:
         """The number of the first image, how many there are, and what is alive before a step, batch by batch."""
-        place, moved = self._next_place(position), {}
-        in_memory = 4 * self._widths[place] * len(self._images) <= IN_MEMORY
+        place = self._next_place(position)
+        moved: Shelf[State] = Shelf(self._folder)
         for start, chunk in batches(self._images):
             self._check()
-            state = self._bridge.start(chunk) if self._place == 0 else self._found(start)
+            state = self._bridge.start(chunk) if self._place == 0 else _tensors(self._waiting[str(start)])
             if place > self._place:
                 state = self._bridge.resume(state, place, instead=self._instead)
-                if in_memory:
-                    moved[start] = state
-                else:
-                    torch.save(state, self._file(start))
+                moved.put(str(start), _arrays(state))
             yield start, len(chunk), self._bridge.resume(state, position, instead=self._instead)
         if place > self._place:
             self._place, self._waiting = place, moved
-
-    def _found(self, start: int) -> State:
-        if start in self._waiting:
-            return self._waiting[start]
-        return torch.load(self._file(start), weights_only=False)
-
-    def _file(self, start: int) -> Path:
-        return Path(self._folder.name) / str(start)
 
     def _next_place(self, position: int) -> int:
         """The narrowest place from which little is computed again before a step; the last of several."""
         most = MOST_REPEATED * self._macs[-1]
         near = (p for p in range(self._place, position + 1) if self._macs[position] - self._macs[p] <= most)
         return min(near, key=lambda p: (self._widths[p], -p))
+
+
+def _arrays(state: State) -> State:
+    """Tensors as arrays, which are quickly put into files."""
+    values = {slot: value.numpy() if isinstance(value, Tensor) else value for slot, value in state.values.items()}
+    return replace(state, values=values)
+
+
+def _tensors(state: State) -> State:
+    values = {
+        slot: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+        for slot, value in state.values.items()
+    }
+    return replace(state, values=values)

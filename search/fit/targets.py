@@ -16,7 +16,8 @@ from tvm_lowrank.bridge.calibrate import batches, positions_of, sample_positions
 from tvm_lowrank.bridge.epilogue import epilogue, rivals
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.graph import Site
-from tvm_lowrank.searching.fit.waiting import Rows, waiting_folder
+from tvm_lowrank.searching.fit import waiting
+from tvm_lowrank.searching.fit.waiting import Rows, Scratch
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,17 +34,20 @@ class Target:
 
 
 class Targets(Mapping[str, Target]):
-    """The targets of sites by their ids, in files until one is asked for."""
+    """The targets of sites by their ids, which wait until one is asked for."""
 
-    def __init__(self, sites: Sequence[Site], folder: Path | None) -> None:
+    def __init__(self, sites: Sequence[Site], images: int, folder: Path | None) -> None:
         self._groups = {site.id: site.spec.groups for site in sites}
-        self._folder = waiting_folder(folder)
+        self._scratch = Scratch(folder)
+        sampled = (positions_of(s.spec, s.spec.output_size(s.size), images) * s.spec.out_channels for s in sites)
+        self._in_memory = 4 * images * sum(sampled) <= waiting.IN_MEMORY
         self._rows: dict[tuple[str, str], Rows] = {}
 
     def add(self, name: str, what: str, values: Tensor) -> None:
         """Append samples of one of a target's fields, (n, N)."""
-        path = Path(self._folder.name) / f"{list(self._groups).index(name)}-{what}"
-        self._rows.setdefault((name, what), Rows(path)).add(values)
+        if (name, what) not in self._rows:
+            self._rows[name, what] = Rows(None if self._in_memory else self._scratch.new_path())
+        self._rows[name, what].add(values)
 
     def __getitem__(self, name: str) -> Target:
         outputs, addend, floor = (self._rows.get((name, what)) for what in ("outputs", "addend", "floor"))
@@ -77,7 +81,7 @@ def dense_outputs(
     ``folder`` is where they wait; ``advance`` is called with the number of images done after each batch.
     """
     wanted = {site.id: site for site in sites}
-    targets = Targets(sites, folder)
+    targets = Targets(sites, len(images), folder)
     start = 0
 
     def record(name: str, what: str, values: Tensor) -> None:

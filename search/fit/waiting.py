@@ -1,11 +1,15 @@
-"""What is known of many sites, in files until it is asked for: memory does not grow with the sites."""
+"""What is known of many sites, waiting until it is asked for: in memory while it is little, else in files."""
 
 from __future__ import annotations
 
 import ctypes
 import pickle
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -14,15 +18,43 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tvm_lowrank.errors import UserError
+
 T = TypeVar("T")
 PREFIX = ".waiting-"  # of the folders' names; one that was left behind by a process that was killed may be removed
+IN_MEMORY = 2**28  # bytes; what is more is in files
 
 
-def waiting_folder(folder: Path | None) -> tempfile.TemporaryDirectory[str]:
-    """A folder in this one, or in the system's place for such, which goes away with the object."""
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-    return tempfile.TemporaryDirectory(dir=folder, prefix=PREFIX, ignore_cleanup_errors=True)
+class Scratch:
+    """A folder for files that wait, made when the first one is written; it goes away with the object."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._parent = folder
+        self._numbers = count()
+
+    @cached_property
+    def _folder(self) -> Path:
+        if self._parent is not None:
+            self._parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(dir=self._parent, prefix=PREFIX))
+        weakref.finalize(self, shutil.rmtree, made, ignore_errors=True)
+        return made
+
+    def new_path(self) -> Path:
+        """Where the next file may be written; UserError if there is no place for a folder."""
+        with writing(self._parent or Path(tempfile.gettempdir())):
+            return self._folder / str(next(self._numbers))
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Make one line of what goes wrong when something is written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; make room and run the same command with --resume"
+        ) from error
 
 
 def give_back() -> None:
@@ -36,43 +68,61 @@ def give_back() -> None:
 
 
 class Shelf(Mapping[str, T], Generic[T]):
-    """Values by name, each in a file of its own; asking for one reads it."""
+    """Values by name; asking for one makes it anew."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        self._folder = waiting_folder(folder)
-        self._paths: dict[str, Path] = {}
-        self._numbers = count()
+        """``folder`` is where files may be; None is the system's place for temporary ones."""
+        self._scratch = Scratch(folder)
+        self._kept: dict[str, bytes | Path] = {}
+        self._bytes = 0
 
     def put(self, name: str, value: T) -> None:
-        """Keep a value, in the place of one that had this name; several threads may do so."""
-        path = Path(self._folder.name) / str(next(self._numbers))
-        with path.open("wb") as file:
-            pickle.dump(value, file, protocol=5)
-        self._paths[name] = path
+        """Keep a value, in the place of one that had this name; several threads may do so.
+
+        Raises
+        ------
+        UserError
+            If there is no room for it.
+        """
+        data = pickle.dumps(value, protocol=5)
+        if self._bytes + len(data) <= IN_MEMORY:
+            self._bytes += len(data)
+            self._kept[name] = data
+            return
+        path = self._scratch.new_path()
+        with writing(path):
+            path.write_bytes(data)
+        self._kept[name] = path
 
     def __getitem__(self, name: str) -> T:
-        with self._paths[name].open("rb") as file:
-            return pickle.load(file)
+        kept = self._kept[name]
+        return pickle.loads(kept if isinstance(kept, bytes) else kept.read_bytes())
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._paths)
+        return iter(self._kept)
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self._kept)
 
 
 class Rows:
-    """Rows of numbers that come batch by batch, (n, N) float32 each, in a file."""
+    """Rows of numbers that come batch by batch, (n, N) float32 each: in memory, or in a file."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         self._path, self._width = path, 0
+        self._parts: list[Tensor] = []
 
     def add(self, rows: Tensor) -> None:
-        """Append some rows."""
+        """Append some rows; UserError if there is no room for them."""
         self._width = rows.shape[1]
-        with self._path.open("ab") as file:
-            rows.detach().contiguous().numpy().tofile(file)
+        if self._path is None:
+            self._parts.append(rows.detach())
+            return
+        with writing(self._path), self._path.open("ab") as file:
+            file.write(rows.detach().contiguous().numpy().tobytes())
 
     def read(self) -> Tensor:
         """All rows, in the order in which they came."""
+        if self._path is None:
+            return torch.cat(self._parts)
         return torch.from_numpy(np.fromfile(self._path, np.float32).reshape(-1, self._width))

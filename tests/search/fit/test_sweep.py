@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from tvm_lowrank.methods import Chain, decompose
 from tvm_lowrank.plan import Choice
 from tvm_lowrank.searching.candidates import skipped
 from tvm_lowrank.searching.fit import sweep as module
+from tvm_lowrank.searching.fit import waiting
 from tvm_lowrank.searching.fit.refit import refit, site_columns
 from tvm_lowrank.searching.fit.sweep import Sweep
 from tvm_lowrank.searching.fit.targets import dense_outputs
@@ -51,23 +53,24 @@ def halved(site: Site) -> Chain:
 def test_columns_are_those_of_the_network_so_far(
     name: str, repeated: float, in_memory: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(module, "IN_MEMORY", in_memory)
+    monkeypatch.setattr(waiting, "IN_MEMORY", in_memory)
     monkeypatch.setattr(module, "MOST_REPEATED", repeated)
     mod = import_model(randomised(NETWORKS[name]()), input_shape=(1, 3, 16, 16))
     bridge, sites = TorchBridge(mod), find_sites(mod)
     chains: dict[str, Chain] = {}
-    with Sweep(bridge, sites, IMAGES, folder=tmp_path) as sweep:
-        for site in (site for site in sites if not skipped(site)):
-            columns, addend = sweep.columns(site, epilogue(bridge.function, site.id).residual)
-            sofar = TorchBridge(replace_sites(mod, chains))
-            residual = epilogue(sofar.function, site.id).residual
-            expected, expected_addend = site_columns(sofar, site, IMAGES, residual=residual)
-            torch.testing.assert_close(columns, expected, atol=1e-4, rtol=1e-4)
-            assert (addend is None) == (expected_addend is None)
-            if addend is not None and expected_addend is not None:
-                torch.testing.assert_close(addend, expected_addend, atol=1e-4, rtol=1e-4)
-            chains[site.id] = halved(site)
-            sweep.replace(site.id, chain(chains[site.id].convs, chains[site.id].bias_correction))
+    sweep = Sweep(bridge, sites, IMAGES, folder=tmp_path)
+    for site in (site for site in sites if not skipped(site)):
+        columns, addend = sweep.columns(site, epilogue(bridge.function, site.id).residual)
+        sofar = TorchBridge(replace_sites(mod, chains))
+        residual = epilogue(sofar.function, site.id).residual
+        expected, expected_addend = site_columns(sofar, site, IMAGES, residual=residual)
+        torch.testing.assert_close(columns, expected, atol=1e-4, rtol=1e-4)
+        assert (addend is None) == (expected_addend is None)
+        if addend is not None and expected_addend is not None:
+            torch.testing.assert_close(addend, expected_addend, atol=1e-4, rtol=1e-4)
+        chains[site.id] = halved(site)
+        sweep.replace(site.id, chain(chains[site.id].convs, chains[site.id].bias_correction))
+    del sweep
     assert not list(tmp_path.iterdir())
 
 
@@ -77,20 +80,20 @@ def test_little_is_computed_twice() -> None:
     mod = import_model(randomised(nn.Sequential(*layers)), input_shape=(1, 8, 6, 6))
     sites, calls = find_sites(mod), Counter[str]()
     images = np.zeros((100, 8, 6, 6), np.float32)  # one batch
-    with Sweep(TorchBridge(mod), sites, images) as sweep:
-        for site in sites:
-            sweep.columns(site)
+    sweep = Sweep(TorchBridge(mod), sites, images)
+    for site in sites:
+        sweep.columns(site)
 
-            def compute(x: Tensor, site: Site = site) -> Tensor:
-                calls[site.id] += 1
-                return x
+        def compute(x: Tensor, site: Site = site) -> Tensor:
+            calls[site.id] += 1
+            return x
 
-            sweep.replace(site.id, compute)
+        sweep.replace(site.id, compute)
     assert max(calls.values()) <= 2 and len(calls) == len(sites) - 1
 
 
 def test_a_deadline_ends_a_refit_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "IN_MEMORY", 0)
+    monkeypatch.setattr(waiting, "IN_MEMORY", 0)
     mod = import_model(randomised(Blocks()), input_shape=(1, 3, 16, 16))
     sites = find_sites(mod)
     targets = dense_outputs(TorchBridge(mod), sites, IMAGES)
@@ -104,4 +107,5 @@ def test_a_deadline_ends_a_refit_and_leaves_nothing(tmp_path: Path, monkeypatch:
     plan = {site.id: Choice("svd", 4) for site in sites if site.spec.kernel == (1, 1)}
     with pytest.raises(TimeUp):
         refit(mod, sites, plan, IMAGES, targets, folder=tmp_path, check=check)
+    gc.collect()  # the error held what was in use
     assert not list(tmp_path.iterdir())
