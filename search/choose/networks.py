@@ -171,7 +171,7 @@ class Networks:
                 known.images,
                 known.targets,
                 fisher=known.fisher,
-                known=known.factors,
+                known=known.weights,
                 seed=known.seed,
                 folder=known.folder,
                 check=self._check,

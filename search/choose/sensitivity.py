@@ -109,6 +109,14 @@ class Sensitivity:
         known = self._kept.get(f"{name} {method}")
         return self._factorised(name, method, self.moments[name]) if known is None else known
 
+    def weights(self, name: str, choice: Choice) -> tuple[np.ndarray, ...]:
+        """OIHW weights of the chain of a candidate, decomposed by itself; what was solved for them is kept."""
+        assert choice.rank is not None
+        factors = self.factors(name, choice.method)
+        found = factors.weights(choice.rank)
+        self._kept.put(f"{name} {choice.method}", factors)
+        return found
+
     def _factorised(self, name: str, method: str, moments: Moments) -> Factors:
         site = self.sites[name]
         return factorise(site.weight, site.spec, method=method, moments=moments, fisher=self.fisher[name])

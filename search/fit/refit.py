@@ -24,7 +24,7 @@ from tvm_lowrank.bridge.epilogue import Epilogue, epilogue
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.bridge.torch_nn import chain as chain_function
 from tvm_lowrank.graph import Site
-from tvm_lowrank.methods import METHODS, Chain, Factors, Moments, compose, decompose, grouped
+from tvm_lowrank.methods import METHODS, Chain, Moments, compose, decompose, grouped
 from tvm_lowrank.plan import Choice
 from tvm_lowrank.searching.candidates import wide
 from tvm_lowrank.searching.fit.nonlinear import BLOCK, Response, chain_outputs, joined, refit_through
@@ -55,7 +55,7 @@ def refit(
     targets: Mapping[str, Target],
     *,
     fisher: Mapping[str, np.ndarray] | None = None,
-    known: Callable[[str, str], Factors] | None = None,
+    known: Callable[[str, Choice], Sequence[np.ndarray]] | None = None,
     nonlinear: bool = True,
     seed: int = 0,
     folder: Path | None = None,
@@ -70,7 +70,7 @@ def refit(
     images : calibration images, float32 NCHW.
     targets : what `tvm_lowrank.searching.fit.targets.dense_outputs` returned for the same images and seed.
     fisher : Fisher information (N, N) of the sites' outputs, which weights their errors where it is given.
-    known : the factors of the dense weights of a site, by a method; CP solves start near them.
+    known : OIHW weights of the chain of a dense site; CP solves start near them.
     nonlinear : minimise the error after residual addition, activation and max-pool, not that of the output itself.
     folder : where images may wait between the sites.
     check : called often; what it raises ends the refit.
@@ -87,8 +87,7 @@ def refit(
             if wide(site):
                 fitted = _of_weights(site, choice, columns, target)
             else:
-                factors = known(site.id, choice.method) if known and METHODS[choice.method].starts else None
-                near = None if factors is None else factors.weights(choice.rank)
+                near = known(site.id, choice) if known and METHODS[choice.method].starts else None
                 regression = _Regression(site, choice, columns, (fisher or {}).get(site.id), near)
                 check()
                 fitted = _through(regression, after, target, addend) if nonlinear else regression(target.outputs)

@@ -85,6 +85,11 @@ class Shelf(Mapping[str, T], Generic[T]):
             If there is no room for it.
         """
         data = pickle.dumps(value, protocol=5)
+        former = self._kept.get(name)
+        if isinstance(former, bytes):
+            self._bytes -= len(former)
+        elif former is not None:
+            former.unlink()
         if self._bytes + len(data) <= IN_MEMORY:
             self._bytes += len(data)
             self._kept[name] = data
