@@ -172,6 +172,26 @@ class TuningOptions(ConnectionOptions):
 
 
 @_options
+class MethodOptions(Options):
+    """Which decompositions."""
+
+    TITLE: ClassVar[str] = "Search"
+    methods: Sequence[str] = option(
+        "Methods to choose from, e.g. spatial,btd (see docs/methods.md).",
+        default=DEFAULT_METHODS,
+        read=quantities.names,
+    )
+
+
+@_options
+class SeedOptions(Options):
+    """What makes a run repeatable."""
+
+    TITLE: ClassVar[str] = "Data"
+    seed: int = option("Of everything drawn at random.", default=0, read=int)
+
+
+@_options
 class NetworkOptions(ModelOptions, TuningOptions):
     """A network, and what it is to run on."""
 
@@ -182,15 +202,10 @@ class InspectOptions(GivenModel, NetworkOptions):
 
 
 @_options
-class ProfileOptions(NetworkOptions):
+class ProfileOptions(MethodOptions, NetworkOptions):
     """`tvm_lowrank profile`."""
 
     TITLE: ClassVar[str] = "Profile"
-    methods: Sequence[str] = option(
-        "Methods of the candidates, e.g. spatial,btd (see docs/methods.md).",
-        default=DEFAULT_METHODS,
-        read=quantities.names,
-    )
     candidates: int = option("Forms of layers to tune as well, for a later search.", default=40, read=int)
     json: bool = option("Print JSON instead of a table.", default=False, read=bool)
 
@@ -220,7 +235,7 @@ class CompileOptions(GivenModel, BundleOptions):
 
 
 @_options
-class DecomposeOptions(CompileOptions):
+class DecomposeOptions(SeedOptions, CompileOptions):
     """`tvm_lowrank decompose`."""
 
     TITLE: ClassVar[str] = "Plan"
@@ -229,11 +244,10 @@ class DecomposeOptions(CompileOptions):
         read=Path,
         python="Or a mapping from the names of layers to `Choice`.",
     )
-    seed: int = option("Of everything drawn at random.", default=0, read=int)
 
 
 @_options
-class SearchOptions(BundleOptions):
+class SearchOptions(MethodOptions, SeedOptions, BundleOptions):
     """`tvm_lowrank search`."""
 
     TITLE: ClassVar[str] = "Search"
@@ -252,11 +266,6 @@ class SearchOptions(BundleOptions):
         "Up to 8 bundles, from the most accurate to the fastest, in one run.", default=False, read=bool
     )
     confident: bool = option("Keep the budget with the whole 95 % interval of the loss.", default=False, read=bool)
-    methods: Sequence[str] = option(
-        "Methods to choose from, e.g. spatial,btd (see docs/methods.md).",
-        default=DEFAULT_METHODS,
-        read=quantities.names,
-    )
     finetune: Labelled | None = option(
         "Also train with labels: file.py:factory of (images, labels) batches, e.g. a DataLoader.",
         default=None,
@@ -272,7 +281,6 @@ class SearchOptions(BundleOptions):
         read=quantities.seconds,
         python="In seconds.",
     )
-    seed: int = option("Of everything drawn at random.", default=0, read=int)
     resume: bool = option("Continue the search whose journal is in --out.", default=False, read=bool)
 
     def __post_init__(self) -> None:

@@ -20,7 +20,7 @@ from tvm_lowrank.errors import UserError
 from tvm_lowrank.graph import Site, find_sites
 from tvm_lowrank.importers.importer import import_model
 from tvm_lowrank.methods import METHODS
-from tvm_lowrank.options import BundleOptions, ModelOptions, NetworkOptions, ProfileOptions, SearchOptions
+from tvm_lowrank.options import BundleOptions, MethodOptions, ModelOptions, NetworkOptions, SearchOptions
 from tvm_lowrank.searching.choose.networks import Training
 from tvm_lowrank.searching.fit.torchrun import Workers
 from tvm_lowrank.searching.journal import JOURNAL
@@ -65,7 +65,7 @@ def load(asked: NetworkOptions, workers: Workers | None = None) -> Inputs:
     metric, splits, training = load_metric(), None, None
     profile = load_profile(asked.target)
     check_connection(profile, asked)
-    if isinstance(asked, ProfileOptions | SearchOptions):
+    if isinstance(asked, MethodOptions):
         _check_methods(asked.methods)
     if isinstance(asked, BundleOptions):
         find_compiler()
