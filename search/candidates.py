@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import prod
 
 from tvm_lowrank.graph import Site
 from tvm_lowrank.methods import METHODS, ConvSpec, chain_macs
+from tvm_lowrank.methods.moments import wide
 from tvm_lowrank.plan import Choice
 
 # MACs relative to dense; a dearer chain has never been measured faster
 DEAREST = 0.95
-# inputs of one output value, per group; the covariance of more (5 GB for VGG-16's first linear layer) is not worth it
-WIDEST = 8192
 
 
 def candidates(site: Site, *, methods: Iterable[str], lanes: int) -> list[Choice]:
@@ -20,7 +18,7 @@ def candidates(site: Site, *, methods: Iterable[str], lanes: int) -> list[Choice
     choices = []
     for name in methods:
         method = METHODS[name]
-        if not method.applies(site.spec) or skipped(site):
+        if skipped(site) or not method.applies(site.spec) or (wide(site.spec) and not method.wide):
             continue
         for rank in method.ranks(site.spec, lanes):
             if chain_macs(method.chain_specs(site.spec, rank), site.size) <= DEAREST * site.macs:
@@ -29,13 +27,8 @@ def candidates(site: Site, *, methods: Iterable[str], lanes: int) -> list[Choice
 
 
 def skipped(site: Site) -> bool:
-    """Sites left alone: first layers (at most four input channels), depthwise convolutions and very wide layers."""
-    return site.spec.in_channels <= 4 or site.spec.groups == site.spec.in_channels or wide(site)
-
-
-def wide(site: Site) -> bool:
-    """Whether a site has too many inputs for second-order statistics."""
-    return prod(site.spec.weight_shape[1:]) > WIDEST
+    """Sites left alone: first layers (at most four input channels) and depthwise convolutions."""
+    return site.spec.in_channels <= 4 or site.spec.groups == site.spec.in_channels
 
 
 def chain_specs(site: Site, choice: Choice) -> tuple[ConvSpec, ...]:

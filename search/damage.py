@@ -11,7 +11,7 @@ the probes corrects the prediction.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,6 +87,12 @@ class DamageCurve:
         predicted = sorted(probes)
         damages = np.maximum.accumulate([max(probes[value], 1e-9) for value in predicted])
         return cls(tuple(max(value, 1e-30) for value in predicted), tuple(float(d) for d in damages))
+
+    @classmethod
+    def mean(cls, probes: Iterable[Mapping[float, float]]) -> DamageCurve:
+        """For a site without probes: the prediction times the geometric mean of what others' probes were of theirs."""
+        factors = [max(damage, 1e-9) / max(value, 1e-30) for own in probes for value, damage in own.items()]
+        return cls((1.0,), (math.exp(np.mean(np.log(factors))) if factors else 1.0,))
 
     def __call__(self, predicted: float) -> float:
         """The corrected prediction: linear in the logarithms, its outer slopes within `SLOPES` beyond the probes."""

@@ -13,7 +13,7 @@ from tvm.ir import IRModule
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from tvm_lowrank.graph import bias_adds, bindings, conv_spec, find_sites, is_site
-from tvm_lowrank.methods import METHODS, Chain, Conv, Moments, decompose
+from tvm_lowrank.methods import METHODS, AnyMoments, Chain, Conv, decompose
 from tvm_lowrank.plan import DENSE, Choice, Plan
 
 
@@ -147,7 +147,7 @@ class DecomposeConv2D:
         self,
         plan: Plan | Mapping[str, Choice],
         *,
-        moments: Mapping[str, Moments] | None = None,
+        moments: Mapping[str, AnyMoments] | None = None,
         name: str = "main",
     ) -> None:
         self.plan = plan
@@ -174,7 +174,7 @@ class DecomposeConv2D:
 def pipeline(
     *,
     plan: Mapping[str, Choice] | str | Path,
-    moments: Mapping[str, Moments] | None = None,
+    moments: Mapping[str, AnyMoments] | None = None,
     name: str = "main",
 ) -> tvm.transform.Pass:
     """What TVM's default pipeline makes of a module whose sites are chains, under TVM's name for it.

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tvm_lowrank import example
-from tvm_lowrank.searching.fit.training import has_bfloat16
+from tvm_lowrank.bridge.half import has_bfloat16
 
 TRAIN_SHEETS = [f"data_batch_{i}.png" for i in range(1, 6)]
 HELD_OUT = CALIBRATION = 1000

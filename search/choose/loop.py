@@ -13,6 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -31,7 +32,7 @@ from tvm_lowrank.errors import TimeUp
 from tvm_lowrank.graph import find_sites
 from tvm_lowrank.plan import DENSE, Choice, Plan
 from tvm_lowrank.searching.choose.allocate import Option, allocate
-from tvm_lowrank.searching.choose.drops import Counted, Rate, limit_for
+from tvm_lowrank.searching.choose.drops import LEFT, POWER, Counted, Rate, Recovery, limit_for
 from tvm_lowrank.searching.choose.networks import Fit, Networks, Training
 from tvm_lowrank.searching.choose.sensitivity import Sensitivity
 from tvm_lowrank.searching.damage import divergence
@@ -50,8 +51,11 @@ MOST_FINETUNED = 4
 BACK_OFF = 0.7  # factor on the limit after a plan failed on the evaluation split
 LEAST_LIMIT, MOST_LIMIT = 1e-6, 10.0  # nats; beyond these nothing changes any more
 INTERVAL = 2 * NormalDist().inv_cdf(0.975)  # length of a 95 % interval, in standard errors
-REACH = 2.5  # times the budget: a plan that loses more after the refit is not saved by a reconstruction
+REACH = 1.25  # times the budget: a plan that is foreseen to lose more when it is recovered is not recovered
 MOST_ALLOCATIONS = 8  # for one limit; each times what it chose
+# parts of the time limit after which probing ends, and tuning for the first plan, with what is known then
+PROBING_ENDS, FIRST_TUNING_ENDS = 0.4, 0.55
+MOST_LATE = 4  # plans that are evaluated as they are decomposed when the time is up and nothing was kept
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,11 @@ def plan_of(chosen: Mapping[str, Option]) -> Plan:
     return Plan({name: option.choice for name, option in chosen.items() if option.choice.method != DENSE})
 
 
+def _placed(limit: float, chosen: Mapping[str, Option]) -> Placed:
+    options = chosen.values()
+    return Placed(plan_of(chosen), limit, sum(o.damage for o in options), sum(o.ms for o in options))
+
+
 class Search:
     """Everything that is known about one network under one target, computed when first needed.
 
@@ -130,6 +139,7 @@ class Search:
         self.sites = find_sites(mod)
         self.damage: dict[str, dict[Choice, float]] = {}  # of every candidate, in nats, once `probe` was called
         self.seconds: dict[str, float] = {}  # by phase, of this process
+        self._begun = time.monotonic()
         self._rate = Rate()
         self.sensitivity = Sensitivity(
             mod,
@@ -149,6 +159,7 @@ class Search:
             training=training,
             deadline=settings.deadline,
         )
+        self._recovery = Recovery(LEFT[self.networks.recovery])
 
     @cached_property
     def dense_selection(self) -> np.ndarray:
@@ -158,7 +169,8 @@ class Search:
     def probe(self) -> None:
         """Find the damage of every candidate."""
         with console.timed(self.seconds, "predicting damage"):
-            self.damage = self.sensitivity.probe(self.journal, self.check_time)
+            enough = partial(self._late, PROBING_ENDS)
+            self.damage = self.sensitivity.probe(self.journal, self.check_time, enough)
 
     def options(self, damage: Mapping[str, Mapping[Choice, float]] | None = None) -> dict[str, list[Option]]:
         """Time and damage of everything that each site may become; times that were not measured are optimistic.
@@ -173,9 +185,9 @@ class Search:
             for name, own in damages.items()
         }
 
-    def _time(self, wanted: list[tuple[str, Choice]]) -> None:
+    def _time(self, wanted: list[tuple[str, Choice]], check: Callable[[], None] | None = None) -> None:
         with console.timed(self.seconds, "tuning kernels"):
-            self.times.measure(wanted, check=self.check_time)
+            self.times.measure(wanted, check=check or self.check_time)
 
     def allocated(
         self,
@@ -190,18 +202,24 @@ class Search:
             unknown = [(n, o.choice) for n, o in chosen.items() if self.times.measured(n, o.choice) is None]
             if not unknown:
                 return chosen
-            self._time(unknown)
+            try:
+                self._time(unknown, self._check_first_tuning)
+            except TimeUp:
+                self.check_time()
+                break
+        return allocate(self._measured(damage), limit, within=within)
+
+    def _measured(self, damage: Mapping[str, Mapping[Choice, float]] | None = None) -> dict[str, list[Option]]:
+        """Those of the `options` whose time was measured."""
         options = self.options(damage)
-        known = {n: [o for o in own if self.times.measured(n, o.choice) is not None] for n, own in options.items()}
-        return allocate(known, limit, within=within)
+        return {n: [o for o in own if self.times.measured(n, o.choice) is not None] for n, own in options.items()}
 
     def placed(self, limit: float) -> Placed:
         """The fastest plan within a damage limit."""
 
         def find() -> dict[str, Any]:
-            chosen = self.allocated(limit)
-            ms = sum(option.ms for option in chosen.values())
-            return {"plan": plan_of(chosen).to_json(), "predicted": sum(o.damage for o in chosen.values()), "ms": ms}
+            found = _placed(limit, self.allocated(limit))
+            return {"plan": found.plan.to_json(), "predicted": found.predicted, "ms": found.ms}
 
         found = self.journal.once("plan", f"{limit:.9g}", find)
         plan = Plan.from_json(found["plan"])
@@ -235,6 +253,10 @@ class Search:
         result = Evaluated(**vars(placed), damage=found["damage"], drop=found["drop"], error=found["error"], fit=fit)
         if placed.plan:
             self._rate.learn(network, result.counted)
+        if fit in LEFT:
+            before = self.journal.get("evaluation", f"decomposed {placed.plan.to_json()}")
+            if before is not None:
+                self._recovery.learn(network, before["damage"], result.damage)
         return result
 
     def tried(self) -> list[dict[str, Any]]:
@@ -263,22 +285,34 @@ class Search:
         return max(self.settings.budget, 50 / max(1, len(self.splits.selection[1])))
 
     def evaluate_shortly(self, placed: Placed) -> Evaluated:
-        """Fit a plan without labels, as far as its verdict needs it.
+        """Evaluate a plan without labels, as far as its verdict needs it.
 
-        What is far inside the budget after the refit is so after the reconstruction, and what is far outside stays
-        outside: then the refitted network's figures are returned.
+        As it is decomposed, it is quickly evaluated; that tells what it will lose when it is recovered. Where this is
+        near the budget the plan is recovered and evaluated again.
         """
-        found = self.evaluate(placed, "refitted")
-        if placed.plan and NEAR * self._budget <= self.expected_drop(found) <= REACH * self._budget:
-            return self.evaluate(placed, "reconstructed")
+        found = self.evaluate(placed, "decomposed")
+        if placed.plan and NEAR * self._budget <= self._foreseen_drop(found) <= REACH * self._budget:
+            with suppress(TimeUp):
+                return self.evaluate(placed, self.networks.recovery)
         return found
 
+    def _foreseen(self, result: Evaluated) -> float:
+        """The damage of what is delivered for a plan, in nats, if it was not recovered yet."""
+        return result.damage * (self._recovery.left if result.fit == "decomposed" else 1.0)
+
+    def _foreseen_drop(self, result: Evaluated) -> float:
+        """Points that what is delivered for a plan loses, as in `expected_drop`."""
+        if result.fit != "decomposed" or not result.plan:
+            return self.expected_drop(result)
+        damage = self._foreseen(result)
+        return self._rate.value * max(damage, 0.0) ** POWER + self._margin(result)
+
     def network(self, plan: Plan, fit: Fit) -> IRModule:
-        """The network to deliver for a plan that was evaluated after this fit: reconstructed, if there is time."""
+        """The network to deliver for a plan that was evaluated after this fit: recovered, if there is time."""
         doing = "fine-tuning plans" if fit == "finetuned" else "fitting and evaluating plans"
         with console.timed(self.seconds, doing):
             try:
-                return self.networks(plan, "reconstructed" if fit == "refitted" else fit)
+                return self.networks(plan, self.networks.recovery if fit == "decomposed" else fit)
             except TimeUp:
                 return self.networks(plan, fit)
 
@@ -330,7 +364,28 @@ class Search:
                 self._explore(kept, finetuned, limit * FINETUNED_STEP, MOST_FINETUNED)
         except TimeUp:
             console.warn("the time limit ends the search early; the best plan so far is kept")
+            kept = kept or self._late_plan()
         return sorted(kept, key=lambda e: e.ms)
+
+    def _late_plan(self) -> list[Evaluated]:
+        """A plan that keeps the budget as it is decomposed, which takes no long fit; perhaps none.
+
+        It is made of what was timed; its limit follows from what was evaluated before, if anything was.
+        """
+        if not self.damage:
+            return []
+        limit, known = FIRST_LIMIT, dict[float, float]()
+        for _ in range(MOST_LATE):
+            placed = _placed(limit, allocate(self._measured(), limit))
+            if not placed.plan:
+                break
+            result = self.evaluate(placed, "decomposed")
+            if self._keeps(result):
+                return [result]
+            known[limit] = result.damage
+            goal = self._rate.damage(AIM * self._budget - self._margin(result))
+            limit = min(limit_for(goal, known, least=LEAST_LIMIT, most=MOST_LIMIT), limit / 2)
+        return []
 
     def milder(self, than: Evaluated, kept: Sequence[Evaluated]) -> Evaluated | None:
         """The next plan of less damage that keeps the budget on the selection split; None when only dense is left.
@@ -346,9 +401,12 @@ class Search:
                 near = next((other for other in known if other.limit > limit * BACK_OFF), None)
                 if near is not None:
                     return near
-                result = judge(self.placed(limit))
+                placed = self.placed(limit)
+                result = judge(placed)
                 if not result.plan:
                     break
+                if result.fit == "decomposed" and not self._keeps(result):
+                    result = self.evaluate(placed, self.networks.recovery)
                 if result.plan != than.plan and self._keeps(result):
                     return result
                 limit *= BACK_OFF
@@ -364,22 +422,35 @@ class Search:
         """
         before = list(kept)
         tried: list[Evaluated] = []
+
+        def learn(result: Evaluated) -> None:
+            tried.append(result)
+            kept[:] = [*before, *(own for own in tried if own.plan and self._keeps(own))]
+
         for _ in range(most):
             self.check_time()
             result = evaluate(self.placed(limit))
-            tried.append(result)
-            inside = [own for own in tried if self._keeps(own)]
-            kept[:] = [*before, *(own for own in inside if own.plan)]
-            verdict = f"expected {self.expected_drop(result):+.2f}, " + ("kept" if result in inside else "over budget")
+            learn(result)
+            inside = [own for own in tried if self._foreseen_drop(own) <= self._budget]
+            drop, near = self._foreseen_drop(result), result.fit == "decomposed"
+            verdict = f"expected {drop:+.2f}" + " when it is recovered" * near
+            verdict += ", kept" if result in inside else ", over budget"
             console.tried(self.dense_ms / result.ms, result.drop, verdict)
             if result in inside and self.is_fastest(result):
-                return
-            if any(self.expected_drop(own) >= NEAR * self._budget for own in inside):
-                return
+                break
+            if any(own.fit != "decomposed" and self.expected_drop(own) >= NEAR * self._budget for own in inside):
+                break
             limit = self._next_limit(tried, inside)
             nearest = min(abs(math.log(limit / own.limit)) for own in tried)
             if nearest < 0.99 * math.log(APART) or limit < LEAST_LIMIT:
-                return
+                break
+        # what was foreseen of the fastest plans must be seen
+        for own in sorted(tried, key=lambda own: own.ms):
+            if own in kept or not own.plan:
+                break
+            if own.fit == "decomposed" and self._foreseen_drop(own) <= self._budget:
+                self.check_time()
+                learn(self.evaluate(Placed(own.plan, own.limit, own.predicted, own.ms), self.networks.recovery))
 
     def _next_limit(self, tried: Sequence[Evaluated], inside: Sequence[Evaluated]) -> float:
         """Where the budget is expected to be nearly spent, by the plans that were tried, of which some are `inside`.
@@ -388,7 +459,7 @@ class Search:
         """
         below = max((own.limit for own in inside), default=0.0)
         above = min((own.limit for own in tried if own not in inside and own.limit > below), default=math.inf)
-        known = {own.limit: own.damage for own in tried}
+        known = {own.limit: self._foreseen(own) for own in tried}
         goal = self._rate.damage(AIM * self._budget - self._margin(tried[-1]))
         wanted = limit_for(goal, known, least=LEAST_LIMIT, most=MOST_LIMIT)
         low = max(below, min(known) / FARTHEST)
@@ -399,6 +470,16 @@ class Search:
         """Raise TimeUp once the deadline has passed."""
         if time.monotonic() > self.settings.deadline:
             raise TimeUp
+
+    def _check_first_tuning(self) -> None:
+        """Raise TimeUp once the deadline has passed, or what a first plan's kernels may take of the time."""
+        self.check_time()
+        if self._late(FIRST_TUNING_ENDS) and not self.journal.of_kind("evaluation"):
+            raise TimeUp
+
+    def _late(self, share: float) -> bool:
+        """Whether this part of the time has passed."""
+        return time.monotonic() > self._begun + share * (self.settings.deadline - self._begun)
 
     def is_fastest(self, evaluated: Evaluated) -> bool:
         """Whether every site has its fastest option, whatever its damage, by what was known when it was first asked."""

@@ -17,16 +17,17 @@ from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.data.training_data import Batches
 from tvm_lowrank.errors import TimeUp
 from tvm_lowrank.graph import find_sites
+from tvm_lowrank.methods import Chain
 from tvm_lowrank.plan import Choice, Plan
 from tvm_lowrank.searching.choose.fitted import FittedNetworks
 from tvm_lowrank.searching.choose.sensitivity import Sensitivity
 from tvm_lowrank.searching.fit.finetune import Judged, Settings, finetune
-from tvm_lowrank.searching.fit.reconstruct import reconstruct_if_better
+from tvm_lowrank.searching.fit.reconstruct import affordable, reconstruct_if_better
 from tvm_lowrank.searching.fit.refit import refit
 from tvm_lowrank.searching.fit.torchrun import Workers
 from tvm_lowrank.transform import replace_sites, shape_chains
 
-Fit = Literal["refitted", "reconstructed", "finetuned"]
+Fit = Literal["decomposed", "refitted", "reconstructed", "finetuned"]
 RECONSTRUCTION_SHARE = 0.3  # of the time that is left, for one plan
 
 
@@ -76,9 +77,11 @@ class Training:
 class Networks:
     """The network of each plan, fitted in a way that goes on from the one before, once.
 
-    refitted : chain after chain, in closed form, to the calibration images (`tvm_lowrank.searching.fit.refit`).
+    decomposed : each chain by itself, in the norm of the data and of the loss.
+    refitted : the last factors one after another, to the calibration images (`tvm_lowrank.searching.fit.refit`).
     reconstructed : all parameters together, to the calibration images, or as it was if that was nearer to the dense
-        network on the selection images, without their labels (`tvm_lowrank.searching.fit.reconstruct`).
+        network on the selection images, without their labels (`tvm_lowrank.searching.fit.reconstruct`). From twelve
+        passes nothing is better when it was refitted first; networks too large for them are refitted instead.
     finetuned : then with labels (`tvm_lowrank.searching.fit.finetune`); or decomposed and trained in stages.
 
     Parameters
@@ -113,24 +116,37 @@ class Networks:
     @property
     def best_fit(self) -> Fit:
         """The best that can be done."""
-        return "reconstructed" if self.training is None else "finetuned"
+        return self.recovery if self.training is None else "finetuned"
+
+    @property
+    def recovery(self) -> Fit:
+        """The best that can be done without labels."""
+        return "reconstructed" if affordable(self.mod, len(self._known.images)) else "refitted"
 
     def __call__(self, plan: Plan, fit: Fit) -> IRModule:
         """The network of a plan, fitted in this way."""
-        how = {"refitted": self.refitted, "reconstructed": self.reconstructed, "finetuned": self.finetuned}
+        how = {
+            "decomposed": self.decomposed,
+            "refitted": self.refitted,
+            "reconstructed": self.reconstructed,
+            "finetuned": self.finetuned,
+        }
         return how[fit](plan)
 
+    def decomposed(self, plan: Plan) -> IRModule:
+        return self._fitted.once(plan, "decomposed", lambda: self._known.network(plan))
+
     def refitted(self, plan: Plan) -> IRModule:
-        return self._fitted.once(plan, "refitted", lambda: self._refit(self.mod, plan))
+        return self._fitted.once(plan, "refitted", lambda: self._refit(self.mod, plan, self._known.chain))
 
     def reconstructed(self, plan: Plan) -> IRModule:
         def fit() -> IRModule:
             images, seed = self._known.images, self._known.seed
-            refitted = self.refitted(plan)
+            decomposed = self.decomposed(plan)
             self._check()
             limit = RECONSTRUCTION_SHARE * (self._deadline - time.monotonic())
             return reconstruct_if_better(
-                self.mod, refitted, images, self._selection, limit=limit, seed=seed, check=self._check
+                self.mod, decomposed, images, self._selection, limit=limit, seed=seed, check=self._check
             )
 
         return self._fitted.once(plan, "reconstructed", fit)
@@ -138,7 +154,7 @@ class Networks:
     def finetuned(self, plan: Plan) -> IRModule:
         assert self.training is not None
         if self.training.stages == 1:
-            return self._trained(plan, "finetuned", lambda: self.reconstructed(plan))
+            return self._trained(plan, "finetuned", lambda: self(plan, self.recovery))
         return self._in_stages(plan, self.training.stages)
 
     def _in_stages(self, plan: Plan, stages: int) -> IRModule:
@@ -160,7 +176,9 @@ class Networks:
             network = self._trained(sofar, f"finetuned, {label}", begun)
         return network
 
-    def _refit(self, network: IRModule, plan: Mapping[str, Choice]) -> IRModule:
+    def _refit(
+        self, network: IRModule, plan: Mapping[str, Choice], start: Callable[[str, Choice], Chain] | None = None
+    ) -> IRModule:
         """A network with dense sites replaced by the chains of a plan, which do what the sites of the dense one did."""
         known, sites = self._known, find_sites(network)
         with console.progress("refitting", len(sites)) as advance:
@@ -168,10 +186,11 @@ class Networks:
                 network,
                 sites,
                 plan,
-                known.images,
+                known.sampled,
                 known.targets,
                 fisher=known.fisher,
                 known=known.weights,
+                start=start,
                 seed=known.seed,
                 folder=known.folder,
                 check=self._check,

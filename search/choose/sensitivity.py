@@ -15,11 +15,18 @@ from threadpoolctl import threadpool_limits
 from tvm.ir import IRModule
 
 from tvm_lowrank import console
-from tvm_lowrank.bridge.calibrate import collect_fisher, each_moments, predict, predict_each
+from tvm_lowrank.bridge.calibrate import (
+    collect_fisher,
+    each_moments,
+    evenly,
+    predict,
+    predict_each,
+    sampled,
+)
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.data.synthetic import shrunk
 from tvm_lowrank.graph import Site, find_sites
-from tvm_lowrank.methods import METHODS, Chain, Factors, Moments, cut, factorise
+from tvm_lowrank.methods import METHODS, AnyMoments, Chain, Factors, cut, factorise
 from tvm_lowrank.plan import Choice
 from tvm_lowrank.searching.candidates import candidates, site_macs
 from tvm_lowrank.searching.damage import DamageCurve, divergence, interpolated, probes, to_solve
@@ -41,7 +48,7 @@ class Sensitivity:
     Parameters
     ----------
     mod : the dense canonical module.
-    images : calibration images, float32 NCHW.
+    images : calibration images, float32 NCHW; ``sampled`` are those that statistics and the refit look at.
     methods, lanes : of the candidates; ranks are multiples of `lanes`.
     share : damage in nats that a site may take in a likely plan of all sites; probes are chosen around it.
     synthetic : the images stand in for data that there is not.
@@ -62,12 +69,13 @@ class Sensitivity:
     ) -> None:
         self.mod, self.images, self.seed = mod, images, seed
         self.sites = {site.id: site for site in find_sites(mod)}
+        self.sampled = sampled(images, list(self.sites.values()))
         self._bridge = TorchBridge(mod)
         self._methods, self._lanes, self._synthetic = methods, lanes, synthetic
         self._share = share
         self.folder = folder
         self._kept: Shelf[Factors] = Shelf(folder)
-        self._chains: dict[str, dict[Choice, Chain]] = {}  # for the probes to come
+        self._chains: Shelf[Chain] = Shelf(folder)  # of candidates that were decomposed by themselves
 
     @cached_property
     def candidates(self) -> dict[str, list[Choice]]:
@@ -75,14 +83,14 @@ class Sensitivity:
         return {name: candidates(site, methods=self._methods, lanes=self._lanes) for name, site in self.sites.items()}
 
     @cached_property
-    def moments(self) -> Shelf[Moments]:
+    def moments(self) -> Shelf[AnyMoments]:
         """Input statistics of the sites that have candidates, in the dense network."""
         return self._collected_moments()
 
-    def _collected_moments(self) -> Shelf[Moments]:
-        shelf: Shelf[Moments] = Shelf(self.folder)
-        with console.progress("calibrating", len(self.images)) as advance:
-            found = each_moments(self._bridge, self._examined, self.images, seed=self.seed, advance=advance)
+    def _collected_moments(self) -> Shelf[AnyMoments]:
+        shelf: Shelf[AnyMoments] = Shelf(self.folder)
+        with console.progress("calibrating", len(self.sampled)) as advance:
+            found = each_moments(self._bridge, self._examined, self.sampled, seed=self.seed, advance=advance)
             for name, own in found:
                 shelf.put(name, shrunk(own) if self._synthetic else own)
         give_back()
@@ -91,17 +99,17 @@ class Sensitivity:
     @cached_property
     def fisher(self) -> dict[str, np.ndarray]:
         """Fisher information of the outputs of the sites that have candidates, in the dense network."""
-        with console.progress("weighing errors", len(self.images)) as advance:
-            found = collect_fisher(self._bridge, self._examined, self.images, seed=self.seed, advance=advance)
+        with console.progress("weighing errors", len(self.sampled)) as advance:
+            found = collect_fisher(self._bridge, self._examined, self.sampled, seed=self.seed, advance=advance)
         give_back()
         return found
 
     @cached_property
     def targets(self) -> Targets:
         """What the dense network computes at every site with candidates, for the refit."""
-        with console.progress("targets of the refit", len(self.images)) as advance:
+        with console.progress("targets of the refit", len(self.sampled)) as advance:
             return dense_outputs(
-                self._bridge, self._examined, self.images, seed=self.seed, folder=self.folder, advance=advance
+                self._bridge, self._examined, self.sampled, seed=self.seed, folder=self.folder, advance=advance
             )
 
     def factors(self, name: str, method: str) -> Factors:
@@ -117,21 +125,36 @@ class Sensitivity:
         self._kept.put(f"{name} {choice.method}", factors)
         return found
 
-    def _factorised(self, name: str, method: str, moments: Moments) -> Factors:
+    def _factorised(self, name: str, method: str, moments: AnyMoments) -> Factors:
         site = self.sites[name]
         return factorise(site.weight, site.spec, method=method, moments=moments, fisher=self.fisher[name])
 
     def network(self, plan: Mapping[str, Choice]) -> IRModule:
         """The network of a plan whose chains were decomposed one by one, in the norm of the data, and not fitted."""
-        return replace_sites(self.mod, {name: self._single(name, choice) for name, choice in plan.items()})
+        unknown = [name for name, choice in plan.items() if f"{name} {choice}" not in self._chains]
+        if unknown:
+            _ = self.moments, self.fisher  # by all cores, before each core has a site of its own
+            for _ in _each(lambda name: self.chain(name, plan[name]), unknown, "decomposing"):
+                pass
+        return replace_sites(self.mod, {name: self.chain(name, choice) for name, choice in plan.items()})
 
-    def probe(self, journal: Journal, check: Callable[[], None]) -> dict[str, dict[Choice, float]]:
+    def chain(self, name: str, choice: Choice) -> Chain:
+        """The chain of one candidate, decomposed by itself; it is kept."""
+        key = f"{name} {choice}"
+        if key not in self._chains:
+            self._chains.put(key, self._cut(name, choice, self.factors(name, choice.method), self.moments[name]))
+        return self._chains[key]
+
+    def probe(
+        self, journal: Journal, check: Callable[[], None], enough: Callable[[], bool] = lambda: False
+    ) -> dict[str, dict[Choice, float]]:
         """Damage of every candidate in nats: predicted, and corrected by a few real evaluations of each site.
 
-        The evaluations are kept in the journal; ``check`` is called before those of each site.
+        The evaluations are kept in the journal; ``check`` is called before those of each site. Once ``enough`` says
+        so, no more are made: the corrections of the other sites are the mean of those that there are.
         """
         macs = sum(site.macs for site in self.sites.values())
-        images = self.images[: int(np.clip(PROBE_MACS / macs, FEWEST_IMAGES, PROBE_IMAGES))]
+        images = evenly(self.images, int(np.clip(PROBE_MACS / macs, FEWEST_IMAGES, PROBE_IMAGES)))
         dense = predict(self._bridge, images)
         names = list(self.candidates)
         unpredicted = [name for name in names if journal.get("predicted", name) is None]
@@ -151,25 +174,23 @@ class Sensitivity:
             check()
             keys = {f"{name} {choice}": choice for choice in self._probes(name, own)}
             unknown = [key for key in keys if journal.get("probe", key) is None]
+            if unknown and enough():
+                continue
             if unknown:
-                cut_already = self._chains.pop(name, {})
-                chains = [cut_already.get(keys[key]) or self._single(name, keys[key]) for key in unknown]
+                chains = [self.chain(name, keys[key]) for key in unknown]
                 for key, changed in zip(unknown, predict_each(self._bridge, images, name, chains), strict=True):
                     journal.record("probe", key, divergence(dense, changed))
             if keys:
                 found[name] = {own[choice]: journal.get("probe", key) for key, choice in keys.items()}
-        curves = {name: DamageCurve.through(probed) for name, probed in found.items()}
+        usual = DamageCurve.mean(found.values())
+        curves = {name: DamageCurve.through(found[name]) if name in found else usual for name in predicted}
         return {name: {choice: curves[name](value) for choice, value in own.items()} for name, own in predicted.items()}
 
     @property
     def _examined(self) -> list[Site]:
         return [site for site in self.sites.values() if self.candidates[site.id]]
 
-    def _single(self, name: str, choice: Choice) -> Chain:
-        """The chain of one candidate, decomposed by itself."""
-        return self._cut(name, choice, self.factors(name, choice.method), self.moments[name])
-
-    def _cut(self, name: str, choice: Choice, factors: Factors, moments: Moments) -> Chain:
+    def _cut(self, name: str, choice: Choice, factors: Factors, moments: AnyMoments) -> Chain:
         assert choice.rank is not None
         return cut(choice.method, factors, choice.rank, self.sites[name].weight, moments)
 
@@ -212,9 +233,8 @@ class Sensitivity:
             # the costliest first: what it computes serves the others
             errors = interpolated(own, error) if METHODS[method].solves else {choice: error(choice) for choice in own}
             found.update({choice: value / 2 for choice, value in errors.items()})
-        self._chains[name] = {
-            choice: self._cut(name, choice, factors[choice.method], moments) for choice in self._probes(name, found)
-        }
+        for choice in self._probes(name, found):
+            self._chains.put(f"{name} {choice}", self._cut(name, choice, factors[choice.method], moments))
         for method, own_factors in factors.items():
             if METHODS[method].starts:
                 self._kept.put(f"{name} {method}", own_factors)

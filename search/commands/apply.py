@@ -9,7 +9,7 @@ from typing import Any
 from tvm.ir import IRModule
 
 from tvm_lowrank import console
-from tvm_lowrank.bridge.calibrate import collect_fisher, collect_moments
+from tvm_lowrank.bridge.calibrate import collect_fisher, collect_moments, sampled
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.data.synthetic import shrunk
 from tvm_lowrank.errors import UserError
@@ -17,10 +17,9 @@ from tvm_lowrank.graph import Site
 from tvm_lowrank.methods import METHODS, decompose
 from tvm_lowrank.options import BundleOptions
 from tvm_lowrank.plan import Choice, Plan
-from tvm_lowrank.searching.candidates import wide
 from tvm_lowrank.searching.commands.deliver import Delivery, deliver_plan
 from tvm_lowrank.searching.commands.inputs import Inputs, load, opened, synthetic_images
-from tvm_lowrank.searching.fit.reconstruct import reconstruct_if_better
+from tvm_lowrank.searching.fit.reconstruct import affordable, reconstruct_if_better
 from tvm_lowrank.searching.fit.refit import refit
 from tvm_lowrank.searching.fit.targets import dense_outputs
 from tvm_lowrank.transform import replace_sites
@@ -88,8 +87,7 @@ def _network(inputs: Inputs, plan: Plan, *, seed: int, folder: Path) -> IRModule
     if splits is None:
         console.phase("no --data: synthetic images give the norm; the accuracy is not measured")
         images = synthetic_images(mod, seed)
-        usual = [site for site in chosen if not wide(site)]
-        moments = {name: shrunk(found) for name, found in collect_moments(bridge, usual, images, seed=seed).items()}
+        moments = {name: shrunk(found) for name, found in collect_moments(bridge, chosen, images, seed=seed).items()}
         fisher = collect_fisher(bridge, chosen, images, seed=seed)
         chains = {
             site.id: decompose(
@@ -97,15 +95,18 @@ def _network(inputs: Inputs, plan: Plan, *, seed: int, folder: Path) -> IRModule
                 site.spec,
                 method=plan[site.id].method,
                 rank=plan[site.id].rank,  # type: ignore[arg-type]
-                moments=moments.get(site.id),
+                moments=moments[site.id],
                 fisher=fisher[site.id],
             )
             for site in console.track(chosen, "decomposing")
         }
         return replace_sites(mod, chains)
-    images = splits.calibration
+    images = sampled(splits.calibration, sites)
     targets = dense_outputs(bridge, chosen, images, seed=seed, folder=folder)
     fisher = collect_fisher(bridge, chosen, images, seed=seed)
     with console.progress("decomposing and refitting", len(sites)) as advance:
         chains = refit(mod, sites, plan, images, targets, fisher=fisher, seed=seed, folder=folder, advance=advance)
-    return reconstruct_if_better(mod, replace_sites(mod, chains), images, splits.selection[0], seed=seed)
+    network = replace_sites(mod, chains)
+    if not affordable(mod, len(splits.calibration)):
+        return network
+    return reconstruct_if_better(mod, network, splits.calibration, splits.selection[0], seed=seed)

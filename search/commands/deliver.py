@@ -365,7 +365,7 @@ def reason(search: Search, site: Site, choice: Choice) -> str:
     if damages is None:
         return "left dense: the time limit came before it was examined"
     if not damages:
-        why = "first layer, depthwise or too wide" if skipped(site) else "no method costs fewer MACs"
+        why = "first layer or depthwise" if skipped(site) else "no method costs fewer MACs"
         return f"left dense: {why}"
     dense = search.times.estimate(name, Choice())
     if choice.rank is not None:

@@ -1,6 +1,6 @@
 """A Pareto set of bundles, from the most accurate to the fastest: `search --frontier`.
 
-    probe damages -> for damage limits on a grid [allocate -> refit, reconstruct -> evaluate] -> build, measure, deliver
+    probe damages -> for limits on a grid [allocate -> decompose, recover -> evaluate] -> build, measure, deliver
 
 All libraries are measured in one run, in turns, and the dense one is built once. Which plans are delivered is decided
 by their latency and by the selection split; the evaluation split is looked at once for each of them.
@@ -132,7 +132,7 @@ def _dense_ms(search: Search) -> float:
 
 def _evaluated(search: Search, limit: float) -> Evaluated:
     search.check_time()
-    result = search.evaluate(search.placed(limit), "reconstructed")
+    result = search.evaluate(search.placed(limit), search.networks.recovery)
     console.tried(search.dense_ms / result.ms, result.drop, f"damage limit {limit:.2g} nats")
     return result
 
@@ -162,7 +162,7 @@ def _measured(
     search: Search, chosen: Sequence[Evaluated], oracle: LatencyOracle, delivery: Delivery
 ) -> tuple[Point, list[Point]]:
     """The dense network, and the plans that keep their place once their libraries are measured."""
-    networks = {"dense.so": Evaluated(Plan(), 0.0, 0.0, search.dense_ms, 0.0, 0.0, 0.0, "refitted")}
+    networks = {"dense.so": Evaluated(Plan(), 0.0, 0.0, search.dense_ms, 0.0, 0.0, 0.0, "decomposed")}
     networks.update({f"plan{number}.so": evaluated for number, evaluated in enumerate(chosen, 1)})
     libraries = {}
     for name, evaluated in networks.items():

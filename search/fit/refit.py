@@ -24,10 +24,11 @@ from tvm_lowrank.bridge.epilogue import Epilogue, epilogue
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.bridge.torch_nn import chain as chain_function
 from tvm_lowrank.graph import Site
-from tvm_lowrank.methods import METHODS, Chain, Moments, compose, decompose, grouped
+from tvm_lowrank.methods import METHODS, Chain, Moments, SampledMoments, decompose, grouped
+from tvm_lowrank.methods.chain import response
+from tvm_lowrank.methods.moments import wide
 from tvm_lowrank.plan import Choice
-from tvm_lowrank.searching.candidates import wide
-from tvm_lowrank.searching.fit.nonlinear import BLOCK, Response, chain_outputs, joined, refit_through
+from tvm_lowrank.searching.fit.nonlinear import BLOCK, Response, joined, refit_last_factor, refit_through
 from tvm_lowrank.searching.fit.sweep import Sweep
 from tvm_lowrank.searching.fit.targets import Target, split
 from tvm_lowrank.searching.fit.waiting import give_back
@@ -56,6 +57,7 @@ def refit(
     *,
     fisher: Mapping[str, np.ndarray] | None = None,
     known: Callable[[str, Choice], Sequence[np.ndarray]] | None = None,
+    start: Callable[[str, Choice], Chain] | None = None,
     nonlinear: bool = True,
     seed: int = 0,
     folder: Path | None = None,
@@ -71,6 +73,8 @@ def refit(
     targets : what `tvm_lowrank.searching.fit.targets.dense_outputs` returned for the same images and seed.
     fisher : Fisher information (N, N) of the sites' outputs, which weights their errors where it is given.
     known : OIHW weights of the chain of a dense site; CP solves start near them.
+    start : the chain of a site, of which only the last factor and the bias are then fitted. It takes half the time,
+        and loses nothing where there are few samples for a regression: with a ResNet-50 0.028 nats instead of 0.032.
     nonlinear : minimise the error after residual addition, activation and max-pool, not that of the output itself.
     folder : where images may wait between the sites.
     check : called often; what it raises ends the refit.
@@ -84,11 +88,15 @@ def refit(
         if choice.rank is not None:
             after, target = epilogue(bridge.function, site.id), targets[site.id]
             columns, addend = sweep.columns(site, after.residual if nonlinear else None)
-            if wide(site):
-                fitted = _of_weights(site, choice, columns, target)
+            weighting = (fisher or {}).get(site.id)
+            own = start(site.id, choice) if start else None
+            if own is None and wide(site.spec):
+                own = _of_samples(site, choice, columns, weighting)
+            if own is not None:
+                _, fitted = refit_last_factor(own, columns, *_goal(site, after, target, addend))
             else:
                 near = known(site.id, choice) if known and METHODS[choice.method].starts else None
-                regression = _Regression(site, choice, columns, (fisher or {}).get(site.id), near)
+                regression = _Regression(site, choice, columns, weighting, near)
                 check()
                 fitted = _through(regression, after, target, addend) if nonlinear else regression(target.outputs)
             sweep.replace(site.id, chain_function(fitted.convs, fitted.bias_correction))
@@ -98,28 +106,33 @@ def refit(
     return chains
 
 
-def _of_weights(site: Site, choice: Choice, columns: Tensor, target: Target) -> Chain:
-    """The weights-only chain of a site too wide for a regression, with the bias that keeps the mean."""
+def _of_samples(site: Site, choice: Choice, columns: Tensor, fisher: np.ndarray | None) -> Chain:
+    """The chain of a wide site's own kernel: there are fewer samples than inputs to regress on."""
     assert choice.rank is not None
-    chain = decompose(site.weight, site.spec, method=choice.method, rank=choice.rank)
-    missing = joined(target.outputs) - chain_outputs(chain, columns)
-    return Chain(chain.convs, missing.double().mean(dim=0).float().numpy())
+    moments = SampledMoments.of(columns.numpy())
+    return decompose(site.weight, site.spec, method=choice.method, rank=choice.rank, moments=moments, fisher=fisher)
 
 
-def _through(regression: _Regression, after: Epilogue, target: Target, addend: Tensor | None) -> Chain:
-    """The chain fitted to what follows its site; `addend` is the residual operand in the compressed network."""
-    site = regression.site
+def _goal(site: Site, after: Epilogue, target: Target, addend: Tensor | None) -> tuple[Tensor, Tensor, Response]:
+    """What the site is to make, what is added to it, and what sees it, as in `refit_through`.
+
+    `addend` is the residual operand in the compressed network: the site can make up for what the other branch lost.
+    """
     bias = torch.zeros(site.spec.out_channels) if site.bias is None else torch.from_numpy(site.bias.copy())
     wanted, rest = joined(target.outputs) + bias, bias
     if target.addend is not None and addend is not None:
-        # the site can make up for what the other branch lost
         wanted, rest = wanted + target.addend, bias + addend
+    return wanted, rest, Response(after.activation, target.floor)
+
+
+def _through(regression: _Regression, after: Epilogue, target: Target, addend: Tensor | None) -> Chain:
+    """The chain that is regressed and decomposed anew, fitted to what follows its site."""
+    wanted, rest, respond = _goal(regression.site, after, target, addend)
 
     def fit(values: Tensor) -> Chain:
-        return regression(split(values - rest, site.spec.groups))
+        return regression(split(values - rest, regression.site.spec.groups))
 
     chain = fit(wanted)
-    respond = Response(after.activation, target.floor)
     return chain if respond.linear else refit_through(chain, fit, regression.columns, wanted, rest, respond)
 
 
@@ -145,28 +158,32 @@ class _Regression:
 
     def __call__(self, outputs: Tensor) -> Chain:
         """The chain for outputs (g, samples, N/g)."""
-        spec, columns = self.site.spec, self.columns
+        spec, choice = self.site.spec, self.choice
+        assert choice.rank is not None
         mean = outputs.double().mean(dim=1).numpy()
-        centred = (outputs - torch.from_numpy(mean[:, None].astype("float32"))).transpose(1, 2)
-        cross = (centred @ columns).double().numpy() / columns.shape[1]  # (g, N/g, D)
-        weight = grouped(self.site.weight, spec)
-        missing = cross - weight @ self.moments.covariance
-        regressed = weight + np.stack([linalg.cho_solve(f, m.T).T for f, m in zip(self._factors, missing, strict=True)])
-        kernel, recipe = regressed.reshape(spec.weight_shape), self.choice
-        assert recipe.rank is not None
         chain = decompose(
-            kernel,
+            self._kernel(outputs, mean),
             spec,
-            method=recipe.method,
-            rank=recipe.rank,
+            method=choice.method,
+            rank=choice.rank,
             moments=self.moments,
             fisher=self.fisher,
             near=self._near,
         )
         self._near = [conv.weight for conv in chain.convs]
-        composed = grouped(compose(chain.specs, [conv.weight for conv in chain.convs], spec.groups), spec)
-        bias = mean - np.einsum("gnd,gd->gn", composed, self.moments.mean)
-        return Chain(chain.convs, bias.reshape(-1).astype(np.float32))
+        column = self.moments.mean.reshape(-1, *spec.weight_shape[2:])
+        bias = mean.reshape(-1) - response(chain.specs, self._near, column)
+        return Chain(chain.convs, bias.astype(np.float32))
+
+    def _kernel(self, outputs: Tensor, mean: np.ndarray) -> np.ndarray:
+        """The OIHW kernel that makes outputs of this mean (g, N/g) of the columns."""
+        spec = self.site.spec
+        centred = (outputs - torch.from_numpy(mean[:, None].astype("float32"))).transpose(1, 2)
+        cross = (centred @ self.columns).double().numpy() / self.columns.shape[1]  # (g, N/g, D)
+        weight = grouped(self.site.weight, spec)
+        missing = cross - weight @ self.moments.covariance
+        regressed = weight + np.stack([linalg.cho_solve(f, m.T).T for f, m in zip(self._factors, missing, strict=True)])
+        return regressed.reshape(spec.weight_shape)
 
 
 def moments_of(columns: Tensor) -> Moments:

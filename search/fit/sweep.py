@@ -108,14 +108,20 @@ class Sweep:
 
 
 def _arrays(state: State) -> State:
-    """Tensors as arrays, which are quickly put into files."""
-    values = {slot: value.numpy() if isinstance(value, Tensor) else value for slot, value in state.values.items()}
+    """Tensors as arrays, which are quickly put into files; images as NHWC, for so they lie."""
+    values = {slot: _array(value) if isinstance(value, Tensor) else value for slot, value in state.values.items()}
     return replace(state, values=values)
+
+
+def _array(value: Tensor) -> np.ndarray:
+    return (value.permute(0, 2, 3, 1) if value.dim() == 4 else value).numpy()
 
 
 def _tensors(state: State) -> State:
-    values = {
-        slot: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-        for slot, value in state.values.items()
-    }
+    values = {slot: _tensor(value) if isinstance(value, np.ndarray) else value for slot, value in state.values.items()}
     return replace(state, values=values)
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    value = torch.from_numpy(array)
+    return value.permute(0, 3, 1, 2) if value.dim() == 4 else value

@@ -1,23 +1,20 @@
-"""What every training of a network has in common: balanced factors, fast half precision, the shape of the rate."""
+"""What every training of a network has in common: balanced factors, losses, the shape of the rate."""
 
 from __future__ import annotations
 
 import math
-import os
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 from torch.nn import functional as F
 from tvm.ir import IRModule
 
-from tvm_lowrank.bridge.torch_bridge import Tap, TorchBridge
+from tvm_lowrank.bridge.half import Fast
+from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.graph import bindings, conv_spec, is_site
 from tvm_lowrank.methods.chain import ConvSpec
 from tvm_lowrank.methods.common.balance import balance
@@ -26,8 +23,8 @@ from tvm_lowrank.transform import chain_of
 FEATURES = 10.0  # weight of the inputs' relative errors against the divergence in nats
 
 
-class Learner:
-    """A canonical network in training: on a device, in bfloat16 with float32 weights where the device computes so.
+class Learner(Fast):
+    """A canonical network in training; its parameters stay float32.
 
     The factors of a chain are balanced first: a decomposition may leave one of them fifty times smaller than the
     other, and then no learning rate fits both.
@@ -41,29 +38,16 @@ class Learner:
     def __init__(
         self, net: IRModule | TorchBridge, *, device: torch.device | None = None, learns: bool = False
     ) -> None:
-        self.device = device or torch.device("cpu")
         bridge = deepcopy(net) if isinstance(net, TorchBridge) else TorchBridge(net)
         if learns:
             _balance(bridge)
-        # channels last: 1.6 times as fast with bfloat16 on a processor with AVX-512
-        self.bridge = bridge.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        super().__init__(bridge, device)
         self.bridge.requires_grad_(learns)
-        self._half = has_bfloat16(self.device)
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
         """All weights and biases."""
         return list(self.bridge.parameters())
-
-    def __call__(self, images: Tensor, tap: Tap | None = None) -> Tensor:
-        """The output, in float32, for images (n, C, H, W) on any device; ``tap`` as in the bridge."""
-        images = images.to(self.device).contiguous(memory_format=torch.channels_last)
-        if not self._half:
-            return self.bridge(images, tap)
-        # biases too: adding one in float32 would make every activation float32, which takes 1.7 times as long
-        half = {name: values.bfloat16() for name, values in self.bridge.named_parameters()}
-        with torch.autocast(self.device.type, torch.bfloat16):
-            return functional_call(self.bridge, half, (images, tap)).float()
 
     def network(self) -> IRModule:
         """The module with the present parameters."""
@@ -126,18 +110,6 @@ def features_error(wanted: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> T
 def _relative_error(wanted: Tensor, got: Tensor) -> Tensor:
     wanted, got = wanted.float(), got.float()
     return (wanted - got).square().mean() / wanted.square().mean().clamp_min(1e-30)
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether a device computes in bfloat16; PyTorch would emulate it on processors that do not.
-
-    ``$TVM_LOWRANK_BFLOAT16``, 0 or 1, says otherwise: results are then those of another processor.
-    """
-    if os.environ.get("TVM_LOWRANK_BFLOAT16"):
-        return os.environ["TVM_LOWRANK_BFLOAT16"] != "0"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return re.search(r"\b(avx512_bf16|amx_bf16)\b", Path("/proc/cpuinfo").read_text()) is not None
 
 
 def parameter_groups(net: TorchBridge) -> list[dict[str, Any]]:

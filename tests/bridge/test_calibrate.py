@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -13,11 +15,13 @@ from support.samples import module
 from tvm_lowrank.bridge import calibrate
 from tvm_lowrank.bridge.calibrate import (
     collect_moments,
+    evenly,
     positions_of,
     predict,
     predict_each,
     sample_columns,
     sample_positions,
+    sampled,
 )
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.graph import find_sites
@@ -55,7 +59,7 @@ def unfolded(x: torch.Tensor, spec: ConvSpec) -> torch.Tensor:
 def test_sampled_columns_are_those_of_unfold() -> None:
     x = torch.randn(5, 4, 9, 8, generator=torch.Generator().manual_seed(0))
     height, width = SPEC.output_size((9, 8))
-    rows, cols = sample_positions("conv", 0, 5, (height, width))
+    rows, cols = sample_positions("conv", 0, 5, (height, width), draws=32)
     got = sample_columns(x, SPEC, rows, cols)
     flat = rows * width + cols
     expected = torch.stack([unfolded(x, SPEC)[i][:, :, flat[i]] for i in range(5)])  # n, g, D, k
@@ -63,11 +67,11 @@ def test_sampled_columns_are_those_of_unfold() -> None:
 
 
 def test_positions_are_distinct_and_repeatable() -> None:
-    rows, cols = sample_positions("conv", 100, 7, (8, 9))
+    rows, cols = sample_positions("conv", 100, 7, (8, 9), draws=32)
     assert all(len(set(zip(r.tolist(), c.tolist(), strict=True))) == 32 for r, c in zip(rows, cols, strict=True))
-    again = sample_positions("conv", 100, 7, (8, 9))
+    again = sample_positions("conv", 100, 7, (8, 9), draws=32)
     assert torch.equal(rows, again[0]) and torch.equal(cols, again[1])
-    assert not torch.equal(rows, sample_positions("conv", 107, 7, (8, 9))[0])
+    assert not torch.equal(rows, sample_positions("conv", 107, 7, (8, 9), draws=32)[0])
 
 
 @pytest.mark.parametrize("block", [5, calibrate.BLOCK])
@@ -96,7 +100,7 @@ def test_predict_does_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -
 
 def test_large_images_come_in_smaller_batches() -> None:
     sizes = {size: calibrate.batch_of(np.empty((1000, 1, size, size))) for size in (32, 126, 224, 1024)}
-    assert sizes == {32: 100, 126: 100, 224: 31, 1024: 4}
+    assert sizes == {32: 100, 126: 6, 224: 2, 1024: 2}
     starts = [(start, len(chunk)) for start, chunk in calibrate.batches(np.zeros((250, 1, 2, 2), "float32"))]
     assert starts == [(0, 100), (100, 100), (200, 50)]
 
@@ -119,9 +123,19 @@ def test_a_site_replaced_without_rebuilding_the_network(site: str) -> None:
         predict_each(TorchBridge(mod), images, "absent", chains)
 
 
+def test_large_networks_are_sampled_on_fewer_images_of_all_kinds() -> None:
+    images = np.arange(1000)
+    site = SimpleNamespace(macs=4e9)
+    assert len(sampled(images, [site])) == 375  # type: ignore[list-item, arg-type]
+    assert sampled(images, [site, site])[-1] == 999  # type: ignore[list-item]
+    assert len(sampled(images, [site] * 100)) == 256  # type: ignore[list-item]
+    assert len(sampled(images[:100], [site])) == 100  # type: ignore[list-item]
+    assert np.diff(evenly(images, 300)).max() == 4
+
+
 def test_samples_do_not_outgrow_memory() -> None:
     wide, narrow = ConvSpec(512, 512, (3, 3)), ConvSpec(16, 16, (3, 3))
-    assert [positions_of(narrow, (7, 7), images) for images in (10, 1000)] == [32, 32]
+    assert [positions_of(narrow, (14, 14), images) for images in (10, 400, 1000, 5000)] == [96, 80, 32, 32]
     assert positions_of(narrow, (2, 3), 10) == 6
     for spec in (wide, ConvSpec(64, 2048, (1, 1)), ConvSpec(1024, 1024, (3, 3), groups=4)):
         for images in (100, 1000, 5000):

@@ -28,7 +28,7 @@ rng = np.random.default_rng(0)
 WEIGHT = rng.normal(size=(48, 5)).astype("float32")
 NOISE = rng.normal(size=(48, 5)).astype("float32") * 0.4
 COUNTED = {"ms": 1.5, "predicted": 0.01, "damage": 0.02, "drop": 1, "error": 0.4, "expected": 0.9}
-TRIED = {"plan": {"schema": 1, "sites": {}}, "fit": "refitted", **COUNTED}
+TRIED = {"plan": {"schema": 1, "sites": {}}, "fit": "decomposed", **COUNTED}
 
 
 def compiled(weight: np.ndarray) -> Any:

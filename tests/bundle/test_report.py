@@ -70,7 +70,7 @@ def manifest(**changes: Any) -> dict[str, Any]:
         "sites": [site("conv<2>", "tucker2", [16, 32], 0.25), site("fc", "dense", None, 1.0)],
         "seconds": {"tuning kernels": 75.4, "fitting and evaluating plans": 410.0},
         "plans": [
-            tried(CHOSEN, "refitted", 1.25, drop=1.4, predicted=0.012, damage=0.015),
+            tried(CHOSEN, "decomposed", 1.25, drop=1.4, predicted=0.012, damage=0.015),
             tried(CHOSEN, "reconstructed", 1.25, drop=0.7, predicted=0.012, damage=0.011),
             tried(OTHER, "finetuned", 0.9, drop=2.0, predicted=0.02, damage=0.03),
         ],
@@ -216,7 +216,7 @@ def test_emulated_times_are_marked() -> None:
 def test_the_best_fit_of_the_chosen_plan_is_marked() -> None:
     plans = [
         tried(CHOSEN, fit, 1.0, drop=drop, predicted=0.01, damage=0.01)
-        for fit, drop in (("refitted", 2.0), ("finetuned", 0.5))
+        for fit, drop in (("decomposed", 2.0), ("finetuned", 0.5))
     ]
     svg = pareto(plans, manifest()["sites"], 1.0)
     assert "chosen" in svg and "fine-tuned" in svg and "budget" in svg

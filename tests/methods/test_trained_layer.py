@@ -47,7 +47,7 @@ def layer() -> tuple[np.ndarray, Moments, Moments]:
     with torch.no_grad():
         for images in np.split(example.data()["calibration"][:240], [160]):
             x = net[: [name for name, _ in net.named_children()].index(LAYER)](torch.from_numpy(images))
-            positions = sample_positions(LAYER, 0, len(x), (x.shape[2], x.shape[3]))
+            positions = sample_positions(LAYER, 0, len(x), (x.shape[2], x.shape[3]), draws=32)
             moments.append(moments_of(sample_columns(x, SPEC, *positions).double().numpy()))
     return weight, moments[0], moments[1]
 

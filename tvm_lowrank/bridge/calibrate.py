@@ -2,24 +2,48 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tvm_lowrank.bridge.half import Fast
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.bridge.torch_nn import chain
 from tvm_lowrank.graph import Site
-from tvm_lowrank.methods import Chain, ConvSpec, Moments, Pair
+from tvm_lowrank.methods import AnyMoments, Chain, ConvSpec, Moments, Pair, SampledMoments
+from tvm_lowrank.methods.moments import wide
 
-BATCH_PIXELS = 1_600_000  # of a batch: a hundred images of 126x126, or 31 of 224x224
+# of a batch: a hundred images of 32x32, or two of 224x224. What a layer makes of more of them, over 32 MB, comes from
+# the system page by page and takes as long as the arithmetic (ResNet-50, 31 images at once: 1.4 times as long)
+BATCH_PIXELS = 100 * 32 * 32
+MOST_AT_ONCE = 100
+GATHERED = 512  # columns that are kept back until their products are added to a covariance
 BLOCK = 1024  # rows of a covariance that are summed at once, and no further to the left than the diagonal needs
 TRAINED_NUMBERS = 2**27  # in all variables of a network, for the images that are computed at once with gradients
-POSITIONS = 32  # output positions an image and site; 300 columns are already near convergence
+SAMPLED_MACS, FEWEST_SAMPLED = 1.5e12, 256  # of a pass over the images that statistics and the refit look at
+SAMPLES = 32_000  # output positions of a site, in all images
+POSITIONS = 32, 96  # at least and at most of an image, if it has so many: more of one image say little new
+FISHER_POSITIONS = 64  # where gradients are looked at
 SAMPLED_NUMBERS = 80_000_000  # in the columns of a site; three times as many samples as inputs where these are 4,608
+
+
+def evenly(images: np.ndarray, count: int) -> np.ndarray:
+    """So many of the images, evenly spaced, for they may be sorted; all of them if they are no more."""
+    if count >= len(images):
+        return images
+    return images[np.linspace(0, len(images) - 1, count).round().astype(int)]
+
+
+def sampled(images: np.ndarray, sites: Sequence[Site]) -> np.ndarray:
+    """The calibration images that statistics and the refit look at: fewer of them for large networks."""
+    macs = sum(site.macs for site in sites)
+    return evenly(images, max(FEWEST_SAMPLED, int(SAMPLED_MACS / max(1, macs))))
 
 
 def positions_of(spec: ConvSpec, size: Pair, images: int) -> int:
@@ -29,11 +53,12 @@ def positions_of(spec: ConvSpec, size: Pair, images: int) -> int:
     several arrays.
     """
     widest = max(int(np.prod(spec.weight_shape[1:])) * spec.groups, 4 * spec.out_channels)
-    return max(1, min(POSITIONS, size[0] * size[1], SAMPLED_NUMBERS // (widest * images)))
+    wanted = int(np.clip(SAMPLES // images, *POSITIONS))
+    return max(1, min(wanted, math.prod(size), SAMPLED_NUMBERS // (widest * images)))
 
 
 def sample_positions(
-    site: str, first: int, count: int, size: Pair, seed: int = 0, *, draws: int = POSITIONS
+    site: str, first: int, count: int, size: Pair, seed: int = 0, *, draws: int
 ) -> tuple[Tensor, Tensor]:
     """Uniform output positions, (rows, columns) of (count, k) each, for the images number first, first + 1, …
 
@@ -75,7 +100,7 @@ def collect_moments(
     *,
     seed: int = 0,
     advance: Callable[[int], object] = lambda done: None,
-) -> dict[str, Moments]:
+) -> dict[str, AnyMoments]:
     """Mean and covariance of the input columns of each site over calibration images.
 
     Parameters
@@ -94,21 +119,19 @@ def each_moments(
     *,
     seed: int = 0,
     advance: Callable[[int], object] = lambda done: None,
-) -> Iterator[tuple[str, Moments]]:
+) -> Iterator[tuple[str, AnyMoments]]:
     """The moments of `collect_moments`, each with its site: those of all sites need not be in memory together."""
     wanted = {site.id: site for site in sites}
     counts = dict.fromkeys(wanted, 0)
     sums: dict[str, Tensor] = {}
     products: dict[str, Tensor] = {}
+    gathered: dict[str, list[Tensor]] = {name: [] for name in wanted}
     start = 0
 
-    def tap(name: str, inputs: Tensor, outputs: Tensor) -> None:
-        if name not in wanted:
-            return
-        spec, size = wanted[name].spec, (outputs.shape[2], outputs.shape[3])
-        draws = positions_of(spec, size, len(images))
-        rows, cols = sample_positions(name, start, len(inputs), size, seed, draws=draws)
-        columns = sample_columns(inputs, spec, rows, cols)
+    def add(name: str) -> None:
+        """Add the columns that were kept back to the sums."""
+        columns = torch.cat(gathered[name], dim=1)
+        gathered[name].clear()
         if name not in sums:
             groups, _, depth = columns.shape
             sums[name] = torch.zeros(groups, depth, dtype=torch.float64)
@@ -117,10 +140,27 @@ def each_moments(
         sums[name] += columns.double().sum(dim=1)
         _add_products(products[name], columns)
 
+    def tap(name: str, inputs: Tensor, outputs: Tensor) -> None:
+        if name not in wanted:
+            return
+        spec, size = wanted[name].spec, (outputs.shape[2], outputs.shape[3])
+        draws = positions_of(spec, size, len(images))
+        rows, cols = sample_positions(name, start, len(inputs), size, seed, draws=draws)
+        gathered[name].append(sample_columns(inputs, spec, rows, cols))
+        if not wide(spec) and sum(columns.shape[1] for columns in gathered[name]) >= GATHERED:
+            add(name)
+
     for start, chunk in batches(images):  # noqa: B007 - the tap reads it
         bridge(chunk, tap=tap)
         advance(len(chunk))
-    for name, count in counts.items():
+    for name, columns in gathered.items():
+        if wide(wanted[name].spec):
+            yield name, SampledMoments.of(torch.cat(columns, dim=1).numpy())
+            columns.clear()
+            continue
+        if columns:
+            add(name)
+        count = counts[name]
         mean = (sums[name] / count).numpy()
         covariance = np.triu(products.pop(name).numpy()).astype(np.float64) / count
         covariance += np.triu(covariance, 1).swapaxes(1, 2)
@@ -159,7 +199,8 @@ def collect_fisher(
     wanted = {site.id for site in sites}
     generator = torch.Generator().manual_seed(seed)
     sums: dict[str, Tensor] = {}
-    for _, chunk in batches(images, min(batch_of(images), trained_at_once(bridge))):
+    network = Fast(deepcopy(bridge))
+    for start, chunk in batches(images, min(batch_of(images), trained_at_once(bridge))):
         chunk.requires_grad_(True)
         outputs: dict[str, Tensor] = {}
 
@@ -167,17 +208,22 @@ def collect_fisher(
             if name in wanted:
                 outputs[name] = output
 
-        answer = bridge(chunk, tap=tap)
+        answer = network(chunk, tap=tap)
         if answer.dim() == 2:
             classes = torch.multinomial(answer.detach().softmax(dim=1), 1, generator=generator)[:, 0]
             loss = F.cross_entropy(answer, classes, reduction="sum")
         else:
             loss = (answer * torch.randn(answer.shape, generator=generator)).sum()
         for name, gradient in zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True):
-            product = torch.einsum("nchw,ndhw->cd", gradient, gradient).double()
-            sums[name] = sums[name] + product if name in sums else product
+            size = (gradient.shape[2], gradient.shape[3])
+            rows, cols = sample_positions(
+                name, start, len(chunk), size, seed, draws=min(math.prod(size), FISHER_POSITIONS)
+            )
+            values = sample_values(gradient, rows, cols).float()
+            product = (values.T @ values).mul_(math.prod(size) / rows.shape[1])
+            sums[name] = sums[name].add_(product) if name in sums else product
         advance(len(chunk))
-    return {name: (total / len(images)).numpy() for name, total in sums.items()}
+    return {name: (total / len(images)).double().numpy() for name, total in sums.items()}
 
 
 @torch.no_grad()
@@ -195,10 +241,13 @@ def predict_each(bridge: TorchBridge, images: np.ndarray, site: str, chains: Seq
 
 
 def batches(images: np.ndarray, count: int | None = None) -> Iterator[tuple[int, Tensor]]:
-    """Images in batches of so many, or of `batch_of` them, each with the number of its first image."""
+    """Images in batches of so many, or of `batch_of` them, each with the number of its first image.
+
+    They are NCHW, but their channels lie next to each other: PyTorch computes faster so.
+    """
     count = count or batch_of(images)
     for start in range(0, len(images), count):
-        yield start, torch.from_numpy(images[start : start + count])
+        yield start, torch.from_numpy(images[start : start + count]).contiguous(memory_format=torch.channels_last)
 
 
 def trained_at_once(bridge: TorchBridge) -> int:
@@ -207,5 +256,5 @@ def trained_at_once(bridge: TorchBridge) -> int:
 
 
 def batch_of(images: np.ndarray) -> int:
-    """How many images (n, C, H, W) to compute at once: 100, or fewer large ones."""
-    return int(np.clip(BATCH_PIXELS // (images.shape[2] * images.shape[3]), 4, 100))
+    """How many images (n, C, H, W) to compute at once: two, or more small ones."""
+    return int(np.clip(BATCH_PIXELS // (images.shape[2] * images.shape[3]), 2, MOST_AT_ONCE))

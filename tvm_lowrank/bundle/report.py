@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 REPORT = "report.html"
 INK = "#123456"  # stands for the colour of the text, in either mode
 DENSE, CHOSEN, TRIED = "#8a8f98", "#2f81f7", "#d4a72c"  # legible on white and on black
-FITS = {"refitted": "fitted layer by layer", "reconstructed": "reconstructed", "finetuned": "fine-tuned"}
+FITS = {
+    "decomposed": "decomposed layer by layer",
+    "refitted": "fitted layer by layer",
+    "reconstructed": "reconstructed",
+    "finetuned": "fine-tuned",
+}
 
 
 def write_report(directory: Path) -> Path:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tvm_lowrank.methods import Moments
+from tvm_lowrank.methods import AnyMoments, Moments, SampledMoments
 
 DISCS = 60
 GREY = 0.9  # of a disc's colour (as a standard deviation), what all channels have in common
@@ -33,8 +33,10 @@ def dead_leaves(shape: tuple[int, int, int], count: int, *, seed: int = 0) -> np
     return (images - images.mean()) / images.std()
 
 
-def shrunk(moments: Moments) -> Moments:
-    """Moments of synthetic images, with every direction of the input made to count."""
+def shrunk(moments: AnyMoments) -> AnyMoments:
+    """Moments of synthetic images, with every direction of the input made to count; in samples it does already."""
+    if isinstance(moments, SampledMoments):
+        return moments
     size = moments.covariance.shape[1]
     unit = np.trace(moments.covariance, axis1=1, axis2=2) / size
     return Moments(moments.mean, moments.covariance + SHRINKAGE * unit[:, None, None] * np.eye(size))

@@ -18,18 +18,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from tvm_lowrank.methods import btd, channel, channel_in, cp, dac, spatial, spatial_channel, svd, tucker2
-from tvm_lowrank.methods.chain import Chain, Conv, ConvSpec, Pair, Rank, chain_macs, compose
+from tvm_lowrank.methods.chain import Chain, Conv, ConvSpec, Pair, Rank, chain_macs, compose, response
 from tvm_lowrank.methods.common.fisher import Weighted, mixed, roots
 from tvm_lowrank.methods.common.refit import refit_last
-from tvm_lowrank.methods.moments import Moments, grouped
+from tvm_lowrank.methods.moments import AnyMoments, Moments, SampledMoments, grouped, wide
 
 __all__ = [
     "METHODS",
+    "AnyMoments",
     "Chain",
     "Conv",
     "ConvSpec",
@@ -38,6 +39,7 @@ __all__ = [
     "Moments",
     "Pair",
     "Rank",
+    "SampledMoments",
     "chain_macs",
     "compose",
     "cut",
@@ -70,7 +72,8 @@ class Method:
     ``chain_specs(spec, rank)`` is the chain's geometry. ``refits`` says that `factorise` leaves the last factor to be
     refit; otherwise it is already the best one. ``solves``: every rank takes a solve of its own, of up to a minute,
     where the other methods cut all ranks from one factorisation. ``mixable(spec)`` is the number of groups of the
-    last convolution. ``starts``: the solve can start near another's result.
+    last convolution. ``starts``: the solve can start near another's result. ``wide``: it needs the covariance of the
+    outputs only, so it serves convolutions too wide for that of their inputs.
     """
 
     name: str
@@ -78,10 +81,11 @@ class Method:
     max_rank: Callable[[ConvSpec], Rank]
     ranks: Callable[[ConvSpec, int], Sequence[Rank]]
     chain_specs: Callable[[ConvSpec, Rank], tuple[ConvSpec, ...]]
-    factorise: Callable[[np.ndarray, ConvSpec, Moments | None], Factors]
+    factorise: Callable[[np.ndarray, ConvSpec, Any], Factors]
     refits: bool = False
     solves: bool = False
     starts: bool = False
+    wide: bool = False
     mixable: Callable[[ConvSpec], int] = lambda spec: spec.groups
 
     def check(self, spec: ConvSpec, rank: Rank) -> None:
@@ -125,7 +129,15 @@ def _grid(max_rank: Callable[[ConvSpec], int]) -> Callable[[ConvSpec, int], Sequ
 METHODS = {
     method.name: method
     for method in (
-        Method("channel", _larger, channel.max_rank, _grid(channel.max_rank), channel.chain_specs, channel.factorise),
+        Method(
+            "channel",
+            _larger,
+            channel.max_rank,
+            _grid(channel.max_rank),
+            channel.chain_specs,
+            channel.factorise,
+            wide=True,
+        ),
         Method(
             "channel_in",
             _larger,
@@ -187,7 +199,7 @@ METHODS = {
             solves=True,
             mixable=lambda spec: spec.out_channels,
         ),
-        Method("svd", svd.applies, svd.max_rank, _grid(svd.max_rank), svd.chain_specs, svd.factorise),
+        Method("svd", svd.applies, svd.max_rank, _grid(svd.max_rank), svd.chain_specs, svd.factorise, wide=True),
     )
 }
 
@@ -197,7 +209,7 @@ def factorise(
     spec: ConvSpec,
     *,
     method: str,
-    moments: Moments | None = None,
+    moments: AnyMoments | None = None,
     fisher: np.ndarray | None = None,
     near: Sequence[np.ndarray] | None = None,
 ) -> Factors:
@@ -209,15 +221,16 @@ def factorise(
     """
     recipe = METHODS[method]
     root, inverse = (None, None) if fisher is None else roots(fisher, recipe.mixable(spec))
-    kernel = weight if root is None else mixed(root, weight.astype(np.float64))
-    factors = recipe.factorise(kernel, spec, moments)
+    kernel = weight if root is None else mixed(root, weight if wide(spec) else weight.astype(np.float64))
+    known = None if isinstance(moments, SampledMoments) and not recipe.wide else moments
+    factors = recipe.factorise(kernel, spec, known)
     if near is not None and recipe.starts:
         assert isinstance(factors, cp.CPFactors)
         factors = factors.starting_from(tuple(near))
     return factors if inverse is None else Weighted(factors, inverse)
 
 
-def cut(method: str, factors: Factors, rank: Rank, weight: np.ndarray, moments: Moments | None = None) -> Chain:
+def cut(method: str, factors: Factors, rank: Rank, weight: np.ndarray, moments: AnyMoments | None = None) -> Chain:
     """The chain of one rank of factors of `weight` (OIHW).
 
     With moments the last factor is the best one for the features that the others compute, and the bias takes back
@@ -226,15 +239,15 @@ def cut(method: str, factors: Factors, rank: Rank, weight: np.ndarray, moments: 
     recipe, spec = METHODS[method], factors.spec
     recipe.check(spec, rank)
     specs, weights = recipe.chain_specs(spec, rank), factors.weights(rank)
-    if moments is not None and recipe.refits:
+    if isinstance(moments, Moments) and recipe.refits:
         weights = refit_last(weight, spec, specs, weights, moments)
     convs = tuple(
         Conv(part, np.ascontiguousarray(array, dtype=np.float32)) for part, array in zip(specs, weights, strict=True)
     )
     if moments is None:
         return Chain(convs)
-    missing = grouped(weight - compose(specs, weights, spec.groups), spec)
-    correction = np.einsum("gnd,gd->gn", missing, moments.mean).reshape(-1)
+    mean = moments.mean.reshape(-1, *spec.weight_shape[2:])
+    correction = response([spec], [weight], mean) - response(specs, weights, mean)
     return Chain(convs, correction.astype(np.float32))
 
 
@@ -244,7 +257,7 @@ def decompose(
     *,
     method: str,
     rank: Rank,
-    moments: Moments | None = None,
+    moments: AnyMoments | None = None,
     fisher: np.ndarray | None = None,
     near: Sequence[np.ndarray] | None = None,
 ) -> Chain:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 Pair = tuple[int, int]
 Rank = int | tuple[int, ...]
@@ -135,6 +136,17 @@ def compose(specs: Sequence[ConvSpec], weights: Sequence[np.ndarray], groups: in
     n, c, height, width = composed.shape
     blocks = composed.reshape(groups, n // groups, groups, c // groups, height, width)
     return np.concatenate([blocks[g, :, g] for g in range(groups)])
+
+
+def response(specs: Sequence[ConvSpec], weights: Sequence[np.ndarray], column: np.ndarray) -> np.ndarray:
+    """What a chain of OIHW weights makes of one column of its site, (C, kh, kw) with all groups: (N,)."""
+    values = column
+    for spec, weight in zip(specs, weights, strict=True):
+        windows = sliding_window_view(values, spec.kernel, axis=(1, 2))  # strides and padding are already in a column
+        windows = windows.reshape(spec.groups, -1, *windows.shape[1:])
+        filters = weight.reshape(spec.groups, -1, *weight.shape[1:])
+        values = np.einsum("gchwab,gncab->gnhw", windows, filters, optimize=True).reshape(-1, *windows.shape[2:4])
+    return values.reshape(-1)
 
 
 def ungrouped(weight: np.ndarray, groups: int) -> np.ndarray:

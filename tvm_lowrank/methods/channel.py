@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tvm_lowrank.methods.chain import ConvSpec, Rank, as_int
-from tvm_lowrank.methods.moments import Moments, grouped, output_power
+from tvm_lowrank.methods.moments import AnyMoments, grouped
 
 
 def max_rank(spec: ConvSpec) -> int:
@@ -42,7 +42,7 @@ class ChannelFactors:
     def weights(self, rank: Rank) -> tuple[np.ndarray, ...]:
         """OIHW weights of the chain's two convolutions."""
         cut = self.basis[:, :, : as_int(rank)]
-        inner = cut.swapaxes(1, 2) @ self.matrices
+        inner = cut.swapaxes(1, 2).astype(self.matrices.dtype) @ self.matrices
         first, second = chain_specs(self.spec, rank)
         return inner.reshape(first.weight_shape), cut.reshape(second.weight_shape)
 
@@ -51,14 +51,14 @@ class ChannelFactors:
         return float(self.errors[as_int(rank)])
 
 
-def factorise(weight: np.ndarray, spec: ConvSpec, moments: Moments | None = None) -> ChannelFactors:
+def factorise(weight: np.ndarray, spec: ConvSpec, moments: AnyMoments | None = None) -> ChannelFactors:
     """Decompose an OIHW weight for all ranks at once."""
     matrices = grouped(weight, spec)
-    weighted = matrices if moments is None else matrices @ moments.covariance
-    covariance = weighted @ matrices.transpose(0, 2, 1)
+    covariance = matrices @ matrices.transpose(0, 2, 1) if moments is None else moments.between(matrices)
     values, vectors = np.linalg.eigh((covariance + covariance.transpose(0, 2, 1)) / 2)
     rank = max_rank(spec)
     kept = np.maximum(values[:, ::-1], 0)[:, :rank].sum(axis=0)
-    errors = np.maximum(output_power(matrices, moments) - np.concatenate([[0], np.cumsum(kept)]), 0)
+    power = float(np.trace(covariance, axis1=1, axis2=2).sum())
+    errors = np.maximum(power - np.concatenate([[0], np.cumsum(kept)]), 0)
     errors[rank] = 0
     return ChannelFactors(spec, matrices, vectors[:, :, ::-1][:, :, :rank], errors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,12 @@ from tvm_lowrank.methods.chain import ConvSpec
 
 RIDGE = 1e-7  # relative to the mean eigenvalue
 SHRINKAGE = 1e-3  # likewise, for whitening that nothing repairs later: dead channels must not make factors blow up
+WIDEST = 8192  # inputs of an output whose covariance is made; that of VGG-16's first linear layer would take 5 GB
+
+
+def wide(spec: ConvSpec) -> bool:
+    """Whether an output has too many inputs for their covariance."""
+    return math.prod(spec.weight_shape[1:]) > WIDEST
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,12 +36,58 @@ class Moments:
         if self.covariance.shape != (groups, size, size):
             raise ValueError(f"covariance {self.covariance.shape} does not fit mean {self.mean.shape}")
 
+    def between(self, matrices: np.ndarray) -> np.ndarray:
+        """The covariance of the outputs of (g, N/g, D) matrices, (g, N/g, N/g)."""
+        return matrices @ self.covariance @ matrices.transpose(0, 2, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class SampledMoments:
+    """Mean of the columns of a wide convolution, and their covariance as the samples that it is made of.
+
+    With X the centred samples the covariance is (1 - s) X^T X / n + s t I, t the mean variance of an entry. The
+    samples are far fewer than the entries, so X^T X alone would take most changes to be free. s is the shrinkage that
+    is best for Gaussians (OAS; Chen, Wiesel, Eldar & Hero 2010, equation 23). ``mean`` is (g, D), ``samples``
+    (g, n, D) float32, ``shrinkage`` (g,).
+    """
+
+    mean: np.ndarray
+    samples: np.ndarray
+    shrinkage: np.ndarray
+
+    @classmethod
+    def of(cls, columns: np.ndarray) -> SampledMoments:
+        """Those of (g, n, D) columns."""
+        groups, count, size = columns.shape
+        mean = columns.mean(axis=1, dtype=np.float64)
+        centred = columns - mean[:, None].astype(np.float32)
+        gram = centred @ centred.transpose(0, 2, 1) / count  # has the eigenvalues of the covariance
+        trace = np.trace(gram, axis1=1, axis2=2).astype(np.float64)
+        squares = np.sum(np.square(gram, dtype=np.float64), axis=(1, 2))
+        apart = (count + 1 - 2 / size) * (squares - trace**2 / size)
+        shrinkage = np.divide((1 - 2 / size) * squares + trace**2, apart, out=np.ones(groups), where=apart > 0)
+        return cls(mean, centred, np.clip(shrinkage, 0, 1))
+
+    def between(self, matrices: np.ndarray) -> np.ndarray:
+        """The covariance of the outputs of (g, N/g, D) matrices, (g, N/g, N/g)."""
+        _, count, size = self.samples.shape
+        outputs = matrices.astype(np.float32) @ self.samples.transpose(0, 2, 1)
+        seen = (outputs @ outputs.transpose(0, 2, 1)).astype(np.float64) / count
+        variance = np.einsum("gnd,gnd->g", self.samples, self.samples) / (count * size)
+        alike = variance[:, None, None] * (matrices @ matrices.transpose(0, 2, 1))
+        share = self.shrinkage[:, None, None]
+        return (1 - share) * seen + share * alike
+
+
+AnyMoments = Moments | SampledMoments
+
 
 def grouped(weight: np.ndarray, spec: ConvSpec) -> np.ndarray:
-    """An OIHW weight as one float64 matrix per group: (g, N/g, C/g * kh * kw)."""
+    """An OIHW weight as one matrix per group, (g, N/g, C/g * kh * kw): float64, of wide convolutions float32."""
     if weight.shape != spec.weight_shape:
         raise ValueError(f"weight {weight.shape} does not fit {spec}")
-    return weight.astype(np.float64).reshape(spec.groups, spec.out_channels // spec.groups, -1)
+    matrices = weight.reshape(spec.groups, spec.out_channels // spec.groups, -1)
+    return matrices.astype(np.float32 if wide(spec) else np.float64, copy=False)
 
 
 def output_power(matrices: np.ndarray, moments: Moments | None) -> float:

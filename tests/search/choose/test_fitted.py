@@ -51,10 +51,10 @@ def never() -> IRModule:
 def test_found_again(dense: IRModule, tmp_path: Path) -> None:
     sites = [site.id for site in find_sites(dense)]
     plans = [Plan({sites[0]: Choice("channel", 2)}), Plan({name: Choice("channel", 2) for name in sites[:2]})]
-    made = [FittedNetworks(dense, tmp_path).once(plan, "refitted", lambda p=plan: fit(dense, p)) for plan in plans]
+    made = [FittedNetworks(dense, tmp_path).once(plan, "decomposed", lambda p=plan: fit(dense, p)) for plan in plans]
     known = FittedNetworks(dense, tmp_path)
     for plan, network in zip(plans, made, strict=True):
-        np.testing.assert_array_equal(answers(known.once(plan, "refitted", never)), answers(network))
+        np.testing.assert_array_equal(answers(known.once(plan, "decomposed", never)), answers(network))
     with pytest.raises(AssertionError, match="on disk"):
         known.once(plans[0], "finetuned", never)
     assert not list(tmp_path.glob("*.tmp"))
@@ -63,15 +63,15 @@ def test_found_again(dense: IRModule, tmp_path: Path) -> None:
 @pytest.mark.parametrize("keep", [0, 10, 1000])
 def test_what_is_torn_is_fitted_again(keep: int, dense: IRModule, tmp_path: Path) -> None:
     plan = Plan({find_sites(dense)[0].id: Choice("channel", 2)})
-    network = FittedNetworks(dense, tmp_path).once(plan, "refitted", lambda: fit(dense, plan))
+    network = FittedNetworks(dense, tmp_path).once(plan, "decomposed", lambda: fit(dense, plan))
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:keep])
-    again = FittedNetworks(dense, tmp_path).once(plan, "refitted", lambda: fit(dense, plan))
+    again = FittedNetworks(dense, tmp_path).once(plan, "decomposed", lambda: fit(dense, plan))
     np.testing.assert_array_equal(answers(again), answers(network))
-    FittedNetworks(dense, tmp_path).once(plan, "refitted", never)
+    FittedNetworks(dense, tmp_path).once(plan, "decomposed", never)
 
 
 def test_no_place(dense: IRModule, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
-        FittedNetworks(dense, tmp_path / "file" / "in").once(Plan(), "refitted", lambda: dense)
+        FittedNetworks(dense, tmp_path / "file" / "in").once(Plan(), "decomposed", lambda: dense)

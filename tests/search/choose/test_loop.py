@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,13 +12,32 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from tvm.ir import IRModule
 
+from support.models import ResNet20, randomised
+from tvm_lowrank.bridge.calibrate import predict
+from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.data.metric import load_metric
+from tvm_lowrank.data.splits import Splits
 from tvm_lowrank.errors import TimeUp
+from tvm_lowrank.graph import find_sites
+from tvm_lowrank.importers.importer import import_model
 from tvm_lowrank.plan import Choice, Plan
-from tvm_lowrank.searching.choose.drops import POWER, RATE, Rate
-from tvm_lowrank.searching.choose.loop import FIRST_LIMIT, LEAST_LIMIT, MOST_EVALUATIONS, Evaluated, Placed, Search
+from tvm_lowrank.searching.candidates import site_macs
+from tvm_lowrank.searching.choose import loop
+from tvm_lowrank.searching.choose.drops import LEFT, POWER, RATE, Rate, Recovery
+from tvm_lowrank.searching.choose.loop import (
+    FIRST_LIMIT,
+    LEAST_LIMIT,
+    MOST_EVALUATIONS,
+    Evaluated,
+    Placed,
+    Search,
+    Settings,
+)
 from tvm_lowrank.searching.journal import Journal
+from tvm_lowrank.transform import chain_of
 
 IMAGES = 1000
 
@@ -33,7 +53,7 @@ class Landscape(Search):
         self.settings, self.splits = settings, splits
         self.rate, self.slope, self.cost, self.noise = rate, slope, cost, noise
         self.error = 0.4  # as it is reported, points
-        self._rate = Rate()
+        self._rate, self._recovery = Rate(), Recovery(1.0)
         self.rng = np.random.default_rng(0)
         self.fastest_from = np.inf
         self.evaluated: list[Evaluated] = []
@@ -50,7 +70,7 @@ class Landscape(Search):
     def judge(self, placed: Placed) -> Evaluated:
         counted = self.true_drop(placed.limit) + self.noise * float(self.rng.standard_normal())
         damage, error = self.damage_of(placed.limit), self.error
-        result = Evaluated(**vars(placed), damage=damage, drop=counted, error=error, fit="refitted")
+        result = Evaluated(**vars(placed), damage=damage, drop=counted, error=error, fit="reconstructed")
         self._rate.learn(str(placed.limit), result.counted)
         self.evaluated.append(result)
         return result
@@ -132,11 +152,11 @@ class Evaluating(Search):
         self.mod: Any = (Plan(), "")
         splits: Any = SimpleNamespace(selection=(None, np.arange(IMAGES) % 10))
         self.splits = splits
-        self.seconds, self._rate = {}, Rate()
+        self.seconds, self._rate, self._recovery = {}, Rate(), Recovery(1.0)
 
     def _answers(self, mod: Any) -> np.ndarray:
         plan, fit = mod
-        noise = {"": 0.0, "refitted": 0.4, "reconstructed": 0.3, "finetuned": 0.35}[fit] * (1 + (plan == STRONG))
+        noise = {"": 0.0, "decomposed": 0.4, "reconstructed": 0.3, "finetuned": 0.35}[fit] * (1 + (plan == STRONG))
         return 3 * np.eye(10)[np.arange(IMAGES) % 10] + noise * np.random.default_rng(0).standard_normal((IMAGES, 10))
 
 
@@ -152,13 +172,13 @@ def test_what_was_tried_is_known_to_a_search_that_is_resumed(tmp_path: Path) -> 
     mild, strong = Placed(MILD, 0.01, 0.012, 1.25), Placed(STRONG, 0.02, 0.02, 0.9)
     with evaluating(tmp_path / "j") as search:
         assert search.tried() == []
-        search.evaluate(Placed(Plan(), 0.001, 0.0, 2.0), "refitted")
-        found = [search.evaluate(mild, "refitted"), search.evaluate(mild, "reconstructed")]
+        search.evaluate(Placed(Plan(), 0.001, 0.0, 2.0), "decomposed")
+        found = [search.evaluate(mild, "decomposed"), search.evaluate(mild, "reconstructed")]
         first = search.tried()
     with evaluating(tmp_path / "j", "/a b/{net}.py:batches, 2 epochs") as search:
         assert search.tried() == first
         found.append(search.evaluate(strong, "finetuned"))
-        search.evaluate(Placed(MILD, 0.015, 0.012, 1.25), "refitted")
+        search.evaluate(Placed(MILD, 0.015, 0.012, 1.25), "decomposed")
         rows = search.tried()
     with evaluating(tmp_path / "j") as search:
         assert search.tried() == rows
@@ -191,6 +211,111 @@ def test_after_the_deadline_the_network_is_the_one_that_was_judged() -> None:
             raise TimeUp
         return fit
 
+    networks.recovery = "reconstructed"  # type: ignore[attr-defined]
     search.networks, search.seconds = networks, {}  # type: ignore[assignment]
-    assert search.network(Plan(), "refitted") == "refitted"  # type: ignore[comparison-overlap]
-    assert asked == ["reconstructed", "refitted"]
+    assert search.network(Plan(), "decomposed") == "decomposed"  # type: ignore[comparison-overlap]
+    assert asked == ["reconstructed", "decomposed"]
+
+
+class Small(Search):
+    """A search of a small network by MACs; `late` of its evaluations are made before the time is up."""
+
+    def __init__(self, path: Path, budget: float, late: float = math.inf) -> None:
+        rng = np.random.default_rng(0)
+        images = rng.normal(size=(120, 3, 16, 16)).astype("float32")
+        net = randomised(ResNet20())
+        with torch.no_grad():  # answers that differ
+            net.linear.weight.mul_(3 / net(torch.from_numpy(images)).std(dim=0).mean())
+            net.linear.bias.sub_(net(torch.from_numpy(images)).mean(dim=0))
+        mod = import_model(net, input_shape=(1, 3, 16, 16))
+        labels = predict(TorchBridge(mod), images).argmax(1)
+        splits = Splits(images[:40], (images[40:], labels[40:]), (images[:1], labels[:1]), "made")
+        settings = Settings(budget, ("channel", "spatial", "svd"), 8)
+        super().__init__(mod, splits, load_metric(), MacTimes(mod), Journal(path / "journal", {}), settings)  # type: ignore[arg-type]
+        self.late = late
+
+    def check_time(self) -> None:
+        if self.damage and len(self.journal.of_kind("evaluation")) >= self.late:
+            raise TimeUp
+
+
+class MacTimes:
+    """Milliseconds by MACs; everything counts as measured."""
+
+    def __init__(self, mod: IRModule) -> None:
+        self._sites = {site.id: site for site in find_sites(mod)}
+
+    def estimate(self, site: str, choice: Choice) -> float:
+        return site_macs(self._sites[site], choice) * 1e-6
+
+    def measured(self, site: str, choice: Choice) -> float | None:
+        return self.estimate(site, choice)
+
+    def estimates(self, wanted: Any) -> dict[tuple[str, Choice], float]:
+        return {(name, choice): self.estimate(name, choice) for name, own in wanted.items() for choice in own}
+
+    def measure(self, wanted: Any, check: Any) -> None:
+        check()
+
+
+@pytest.mark.parametrize(("first", "late"), [(FIRST_LIMIT, 0), (1.0, 1)])
+def test_when_the_time_is_up_there_is_a_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: float, late: int
+) -> None:
+    """Before anything was evaluated, or when what was evaluated loses too much."""
+    monkeypatch.setattr(loop, "FIRST_LIMIT", first)
+    search = Small(tmp_path, 5.0, late)
+    search.probe()
+    found = search.run()
+    tried = search.tried()
+    assert len(found) == 1 and found[0].plan and found[0].ms < search.dense_ms
+    assert search.expected_drop(found[0]) <= 5.0
+    assert all(row["fit"] == "decomposed" for row in tried)
+    assert len(tried) == 1 if late == 0 else tried[0]["expected"] > 5.0
+    network = search.network(found[0].plan, found[0].fit)
+    assert {chain_of(name) for name in TorchBridge(network).sites if chain_of(name) != name} == set(found[0].plan)
+    search.journal.close()
+
+
+def test_a_first_plan_is_not_kept_waiting_for_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once a part of the time has passed it is made of what was timed; afterwards there is time for more."""
+    search = Small(tmp_path, 5.0)
+    search.damage = {site.id: {Choice("channel", 8): 1e-3} for site in search.sites[1:]}
+    timed = {site.id for site in search.sites[1:] if site.id.endswith("1")}
+
+    def measured(name: str, choice: Choice) -> float | None:
+        return search.times.estimate(name, choice) if name in timed or not choice.rank else None
+
+    monkeypatch.setattr(search.times, "measured", measured)
+    monkeypatch.setattr(search, "_late", lambda share: True)
+    chosen = search.allocated(1.0)
+    cheaper = {
+        name
+        for name in timed
+        if search.times.estimate(name, Choice("channel", 8)) < search.times.estimate(name, Choice())
+    }
+    assert {name for name, option in chosen.items() if option.choice.rank} == cheaper != set()
+    search.journal.record("evaluation", "a plan", {})
+    asked: list[tuple[str, Choice]] = []
+    monkeypatch.setattr(search.times, "measure", lambda wanted, check: (check(), asked.extend(wanted)))
+    search.allocated(1.0)
+    assert asked
+    search.journal.close()
+
+
+def test_a_reconstruction_is_foreseen(tmp_path: Path) -> None:
+    """Only plans near the budget are reconstructed, and all that are delivered were evaluated so."""
+    search = Small(tmp_path, 8.0)
+    found = search.run()
+    assert found and search.expected_drop(found[0]) <= 8.0
+    rows = search.tried()
+    made = {json.dumps(row["plan"]) for row in rows if row["fit"] == "reconstructed"}
+    assert 1 <= len(made) < len({json.dumps(row["plan"]) for row in rows})
+    before = {json.dumps(row["plan"]): row["damage"] for row in rows if row["fit"] == "decomposed"}
+    ratios = [
+        math.log(row["damage"] / before[json.dumps(row["plan"])]) for row in rows if row["fit"] == "reconstructed"
+    ]
+    assert search._recovery.left == pytest.approx(
+        math.exp((math.log(LEFT["reconstructed"]) / 4 + sum(ratios)) / (1 / 4 + len(ratios)))
+    )
+    search.journal.close()

@@ -339,9 +339,9 @@ def test_what_does_not_fit_the_fitted_networks(tmp_path: Path) -> None:
     mod = import_model(f"{module}:model", input_shape=(1, 3, 8, 8))
     networks = FittedNetworks(mod, tmp_path / FITTED)
     with little_room(100), pytest.raises(UserError, match=r"cannot write .*npz: .*; make room"):
-        networks.once(Plan(), "refitted", lambda: mod)
+        networks.once(Plan(), "decomposed", lambda: mod)
     assert not list((tmp_path / FITTED).glob("*.npz"))
-    networks.once(Plan(), "refitted", lambda: mod)
+    networks.once(Plan(), "decomposed", lambda: mod)
     assert len(list((tmp_path / FITTED).glob("*.npz"))) == 1
 
 

@@ -12,11 +12,10 @@ from tvm_lowrank.bridge.calibrate import collect_moments, predict
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.graph import find_sites
 from tvm_lowrank.importers.importer import import_model
-from tvm_lowrank.methods import METHODS, decompose
+from tvm_lowrank.methods import METHODS, SampledMoments, decompose, moments
 from tvm_lowrank.plan import Choice
-from tvm_lowrank.searching.candidates import skipped
-from tvm_lowrank.searching.fit.nonlinear import chain_outputs
-from tvm_lowrank.searching.fit.refit import refit, site_columns
+from tvm_lowrank.searching.candidates import candidates
+from tvm_lowrank.searching.fit.refit import refit
 from tvm_lowrank.searching.fit.targets import dense_outputs
 from tvm_lowrank.transform import replace_sites
 
@@ -78,24 +77,26 @@ def test_dense_sites_are_left_alone(network: tuple[IRModule, np.ndarray, np.ndar
 
 
 def test_linear_layers_however_wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two factors of a linear layer; without second-order statistics where there are too many inputs for them."""
+    """Two factors of a linear layer; of a wide one in the norm of its samples, with the last factor refit to them."""
     torch.manual_seed(0)
     front = [nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.AvgPool2d(4), nn.Flatten()]
     net = nn.Sequential(*front, nn.Linear(144, 64), nn.ReLU(), nn.Linear(64, 5))
     mod = import_model(net, input_shape=(1, 8, 12, 12))
     images = nn.functional.interpolate(torch.randn(600, 8, 4, 4), size=12, mode="bilinear").numpy()
     sites, known, others = find_sites(mod), images[:500], images[500:]
-    plan = {sites[1].id: Choice("svd", 8)}
+    site, choice = sites[1], Choice("svd", 8)
     targets = dense_outputs(TorchBridge(mod), sites, known)
-    fitted = error(mod, replace_sites(mod, refit(mod, sites, plan, known, targets)), others)
-    monkeypatch.setattr("tvm_lowrank.searching.candidates.WIDEST", 100)
-    assert skipped(sites[1])
-    chains = refit(mod, sites, plan, known, targets)
-    by_weights = error(mod, replace_sites(mod, chains), others)
-    plain = decompose(sites[1].weight, sites[1].spec, method="svd", rank=8)
-    assert fitted < by_weights < error(mod, replace_sites(mod, {sites[1].id: plain}), others)
-    outputs = targets[sites[1].id].outputs[0]
-    assert chains[sites[1].id].bias_correction == pytest.approx(
-        (outputs - chain_outputs(plain, site_columns(TorchBridge(mod), sites[1], known)[0])).mean(dim=0).numpy(),
-        abs=1e-4,
-    )
+
+    def fitted() -> float:
+        return error(mod, replace_sites(mod, refit(mod, sites, {site.id: choice}, known, targets)), others)
+
+    regressed = fitted()
+    monkeypatch.setattr(moments, "WIDEST", 100)
+    assert {own.method for own in candidates(site, methods=METHODS, lanes=8)} == {"svd"}
+    plain = decompose(site.weight, site.spec, method="svd", rank=8)
+    by_weights = error(mod, replace_sites(mod, {site.id: plain}), others)
+    found = collect_moments(TorchBridge(mod), [site], known)[site.id]
+    assert isinstance(found, SampledMoments)
+    in_norm = decompose(site.weight, site.spec, method="svd", rank=8, moments=found)
+    by_samples = error(mod, replace_sites(mod, {site.id: in_norm}), others)
+    assert regressed < 1.2 * fitted() and fitted() < by_samples < 0.9 * by_weights

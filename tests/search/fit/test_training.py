@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from tvm_lowrank.bridge.half import has_bfloat16
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.importers.importer import import_model
-from tvm_lowrank.searching.fit.training import Learner, has_bfloat16
+from tvm_lowrank.searching.fit.training import Learner
 
 CPU = torch.device("cpu")
 UNIT = 2.0**-8  # between neighbouring bfloat16 numbers near 1; rounding errs by half of it

@@ -56,7 +56,7 @@ def roots(fisher: np.ndarray, blocks: int) -> tuple[np.ndarray, np.ndarray]:
 def mixed(matrices: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """An OIHW weight with its output channels combined by (blocks, N/blocks, N/blocks) matrices."""
     blocks, size, _ = matrices.shape
-    return (matrices @ weight.reshape(blocks, size, -1)).reshape(weight.shape)
+    return (matrices.astype(weight.dtype) @ weight.reshape(blocks, size, -1)).reshape(weight.shape)
 
 
 def _diagonal_blocks(matrix: np.ndarray, count: int) -> np.ndarray:
