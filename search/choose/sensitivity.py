@@ -17,6 +17,7 @@ from tvm.ir import IRModule
 from tvm_lowrank import console
 from tvm_lowrank.bridge.calibrate import collect_fisher, each_moments, predict, predict_each
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
+from tvm_lowrank.data.images import Images, part
 from tvm_lowrank.data.synthetic import shrunk
 from tvm_lowrank.graph import Site, find_sites
 from tvm_lowrank.methods import METHODS, Chain, Factors, Moments, cut, factorise
@@ -51,7 +52,7 @@ class Sensitivity:
     def __init__(
         self,
         mod: IRModule,
-        images: np.ndarray,
+        images: Images,
         *,
         methods: Sequence[str],
         lanes: int,
@@ -131,7 +132,7 @@ class Sensitivity:
         The evaluations are kept in the journal; ``check`` is called before those of each site.
         """
         macs = sum(site.macs for site in self.sites.values())
-        images = self.images[: int(np.clip(PROBE_MACS / macs, FEWEST_IMAGES, PROBE_IMAGES))]
+        images = part(self.images, slice(int(np.clip(PROBE_MACS / macs, FEWEST_IMAGES, PROBE_IMAGES))))
         dense = predict(self._bridge, images)
         names = list(self.candidates)
         unpredicted = [name for name in names if journal.get("predicted", name) is None]

@@ -103,9 +103,9 @@ def _network(inputs: Inputs, plan: Plan, *, seed: int, folder: Path) -> IRModule
             for site in console.track(chosen, "decomposing")
         }
         return replace_sites(mod, chains)
-    images = splits.calibration
-    targets = dense_outputs(bridge, chosen, images, seed=seed, folder=folder)
-    fisher = collect_fisher(bridge, chosen, images, seed=seed)
+    seen = splits.calibration
+    targets = dense_outputs(bridge, chosen, seen, seed=seed, folder=folder)
+    fisher = collect_fisher(bridge, chosen, seen, seed=seed)
     with console.progress("decomposing and refitting", len(sites)) as advance:
-        chains = refit(mod, sites, plan, images, targets, fisher=fisher, seed=seed, folder=folder, advance=advance)
-    return reconstruct_if_better(mod, replace_sites(mod, chains), images, splits.selection[0], seed=seed)
+        chains = refit(mod, sites, plan, seen, targets, fisher=fisher, seed=seed, folder=folder, advance=advance)
+    return reconstruct_if_better(mod, replace_sites(mod, chains), seen, splits.selection[0], seed=seed)

@@ -23,6 +23,7 @@ from tvm.ir import IRModule
 from tvm_lowrank.bridge.epilogue import Epilogue, epilogue
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.bridge.torch_nn import chain as chain_function
+from tvm_lowrank.data.images import Images
 from tvm_lowrank.graph import Site
 from tvm_lowrank.methods import METHODS, Chain, Moments, compose, decompose, grouped
 from tvm_lowrank.plan import Choice
@@ -38,7 +39,7 @@ RIDGE = 1e-2  # pulls B towards the dense kernel where the calibration images sa
 def site_columns(
     bridge: TorchBridge,
     site: Site,
-    images: np.ndarray,
+    images: Images,
     *,
     residual: relax.Var | None = None,
     seed: int = 0,
@@ -51,7 +52,7 @@ def refit(
     mod: IRModule,
     sites: Sequence[Site],
     plan: Mapping[str, Choice],
-    images: np.ndarray,
+    images: Images,
     targets: Mapping[str, Target],
     *,
     fisher: Mapping[str, np.ndarray] | None = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.bridge.torch_nn import chain
 from tvm_lowrank.graph import Site
 from tvm_lowrank.methods import Chain, ConvSpec, Moments, Pair
+
+if TYPE_CHECKING:
+    from tvm_lowrank.data.images import Images
 
 BATCH_PIXELS = 1_600_000  # of a batch: a hundred images of 126x126, or 31 of 224x224
 BLOCK = 1024  # rows of a covariance that are summed at once, and no further to the left than the diagonal needs
@@ -71,7 +75,7 @@ def sample_values(values: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
 def collect_moments(
     bridge: TorchBridge,
     sites: Sequence[Site],
-    images: np.ndarray,
+    images: Images,
     *,
     seed: int = 0,
     advance: Callable[[int], object] = lambda done: None,
@@ -90,7 +94,7 @@ def collect_moments(
 def each_moments(
     bridge: TorchBridge,
     sites: Sequence[Site],
-    images: np.ndarray,
+    images: Images,
     *,
     seed: int = 0,
     advance: Callable[[int], object] = lambda done: None,
@@ -141,7 +145,7 @@ def _add_products(sums: Tensor, columns: Tensor) -> None:
 def collect_fisher(
     bridge: TorchBridge,
     sites: Sequence[Site],
-    images: np.ndarray,
+    images: Images,
     *,
     seed: int = 0,
     advance: Callable[[int], object] = lambda done: None,
@@ -181,20 +185,20 @@ def collect_fisher(
 
 
 @torch.no_grad()
-def predict(bridge: TorchBridge, images: np.ndarray) -> np.ndarray:
+def predict(bridge: TorchBridge, images: Images) -> np.ndarray:
     """The network's outputs for float32 NCHW images, in one array."""
     return np.concatenate([bridge(chunk).numpy() for _, chunk in batches(images)])
 
 
 @torch.no_grad()
-def predict_each(bridge: TorchBridge, images: np.ndarray, site: str, chains: Sequence[Chain]) -> list[np.ndarray]:
+def predict_each(bridge: TorchBridge, images: Images, site: str, chains: Sequence[Chain]) -> list[np.ndarray]:
     """The outputs with each of these chains in the place of a site; what comes before it is computed once."""
     instead = [chain(own.convs, own.bias_correction) for own in chains]
     parts = [bridge.forked(chunk, site, instead) for _, chunk in batches(images)]
     return [np.concatenate([part[i].numpy() for part in parts]) for i in range(len(chains))]
 
 
-def batches(images: np.ndarray, count: int | None = None) -> Iterator[tuple[int, Tensor]]:
+def batches(images: Images, count: int | None = None) -> Iterator[tuple[int, Tensor]]:
     """Images in batches of so many, or of `batch_of` them, each with the number of its first image."""
     count = count or batch_of(images)
     for start in range(0, len(images), count):
@@ -206,6 +210,6 @@ def trained_at_once(bridge: TorchBridge) -> int:
     return max(1, TRAINED_NUMBERS // sum(bridge.sizes()))
 
 
-def batch_of(images: np.ndarray) -> int:
+def batch_of(images: Images) -> int:
     """How many images (n, C, H, W) to compute at once: 100, or fewer large ones."""
     return int(np.clip(BATCH_PIXELS // (images.shape[2] * images.shape[3]), 4, 100))
