@@ -124,7 +124,7 @@ class Spool:
     """
 
     def __init__(self, folder: Path | None, what: str) -> None:
-        self._folder, self._what = folder or Path(tempfile.gettempdir()), what
+        self._folder, self._what = folder, what
         self._parts: list[np.ndarray] = []
         self._file: IO[bytes] | None = None
         self._count = 0
@@ -142,8 +142,9 @@ class Spool:
             for kept in self._parts:
                 _write(self._file, kept)
         except OSError as error:
+            place, other = self._folder or tempfile.gettempdir(), "" if self._folder else " or set TMPDIR"
             raise UserError(
-                f"cannot keep the {self._what} in {self._folder}: {error.strerror}; make room there"
+                f"cannot keep the {self._what} in {place}: {error.strerror}; make room there{other}"
             ) from error
         self._parts = [batch[:0]]
 
