@@ -2,10 +2,11 @@
 
     python benchmarks/search_cost.py [--network resnet18 | resnet50 | vgg16] [--images 1000] [--time-limit 30m]
     python benchmarks/search_cost.py --model net.py:build --images 0
+    python benchmarks/search_cost.py --model net.py:build --data net.py:data --mean 0.485,0.456,0.406 --std 0.229
 
 The networks have random weights at 224x224, which take as long as others; ``--model`` is any other of this size. The
-images are made, and the labels are what the dense network says of them. With ``--images 0`` there are no data:
-synthetic images stand in, and nothing is fitted or evaluated. The cache is empty. What runs on several cores at once is
+images are made, and the labels are what the dense network says of them. ``--data`` is real data, as of a search. With
+``--images 0`` there are no data: synthetic images stand in, and nothing is fitted or evaluated. The cache is empty. What runs on several cores at once is
 counted for each of them. Memory is that of this process and of those that it starts; what a phase keeps is what is
 more at its end than at its beginning.
 """
@@ -36,7 +37,7 @@ from support.models import ResNet18, ResNet50, Vgg16, randomised  # noqa: E402
 from tvm_lowrank import api, console  # noqa: E402
 from tvm_lowrank.data.synthetic import dead_leaves  # noqa: E402
 from tvm_lowrank.options import DEFAULT_METHODS  # noqa: E402
-from tvm_lowrank.quantities import names, seconds  # noqa: E402
+from tvm_lowrank.quantities import channels, names, seconds  # noqa: E402
 from tvm_lowrank.searching.choose import loop, networks, sensitivity  # noqa: E402
 from tvm_lowrank.searching.commands import deliver, inputs  # noqa: E402
 from tvm_lowrank.searching.latency import oracle, times  # noqa: E402
@@ -153,12 +154,15 @@ def main() -> None:
     parser.add_argument("--network", choices=sorted(NETWORKS), default="resnet18")
     parser.add_argument("--model", help="in place of the network, for 1,3,224,224")
     parser.add_argument("--images", type=int, default=1000, help="for calibration; 1.3 times as many for the rest")
+    parser.add_argument("--data")
+    parser.add_argument("--mean", type=channels)
+    parser.add_argument("--std", type=channels)
     parser.add_argument("--methods", type=names, default=DEFAULT_METHODS)
     parser.add_argument("--time-limit", type=seconds)
     args = parser.parse_args()
     model: Any = args.model or network(args.network)
-    data = None
-    if args.images:
+    data: Any = args.data
+    if args.images and data is None:
         rest = [labelled(model, 13 * args.images // 20, seed) for seed in (2, 3)]
         data = {"calibration": made_images(args.images, 1), "selection": rest[0], "evaluation": rest[1]}
     memory = Memory()
@@ -171,6 +175,8 @@ def main() -> None:
             model=model,
             input_shape=(1, 3, 224, 224),
             data=data,
+            mean=args.mean,
+            std=args.std,
             methods=args.methods,
             time_limit=args.time_limit,
             out=Path(folder) / "bundle",

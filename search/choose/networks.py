@@ -14,6 +14,7 @@ from tvm.ir import IRModule
 
 from tvm_lowrank import console
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
+from tvm_lowrank.data.images import Images
 from tvm_lowrank.data.training_data import Batches
 from tvm_lowrank.errors import TimeUp
 from tvm_lowrank.graph import find_sites
@@ -95,7 +96,7 @@ class Networks:
     def __init__(
         self,
         sensitivity: Sensitivity,
-        selection: np.ndarray,
+        selection: Images,
         judge: Callable[[TorchBridge], Judged],
         *,
         folder: Path | None = None,

@@ -18,18 +18,18 @@ from tvm_lowrank import console
 from tvm_lowrank.bridge.calibrate import (
     collect_fisher,
     each_moments,
-    evenly,
     predict,
     predict_each,
-    sampled,
 )
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
+from tvm_lowrank.data.images import Images
 from tvm_lowrank.data.synthetic import shrunk
 from tvm_lowrank.graph import Site, find_sites
 from tvm_lowrank.methods import METHODS, AnyMoments, Chain, Factors, cut, factorise
 from tvm_lowrank.plan import Choice
 from tvm_lowrank.searching.candidates import candidates, site_macs
 from tvm_lowrank.searching.damage import DamageCurve, divergence, interpolated, probes, to_solve
+from tvm_lowrank.searching.fit.samples import evenly, sampled
 from tvm_lowrank.searching.fit.targets import Targets, dense_outputs
 from tvm_lowrank.searching.fit.waiting import Shelf, give_back
 from tvm_lowrank.searching.journal import Journal
@@ -58,7 +58,7 @@ class Sensitivity:
     def __init__(
         self,
         mod: IRModule,
-        images: np.ndarray,
+        images: Images,
         *,
         methods: Sequence[str],
         lanes: int,

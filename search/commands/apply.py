@@ -9,7 +9,7 @@ from typing import Any
 from tvm.ir import IRModule
 
 from tvm_lowrank import console
-from tvm_lowrank.bridge.calibrate import collect_fisher, collect_moments, sampled
+from tvm_lowrank.bridge.calibrate import collect_fisher, collect_moments
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.data.synthetic import shrunk
 from tvm_lowrank.errors import UserError
@@ -21,6 +21,7 @@ from tvm_lowrank.searching.commands.deliver import Delivery, deliver_plan
 from tvm_lowrank.searching.commands.inputs import Inputs, load, opened, synthetic_images
 from tvm_lowrank.searching.fit.reconstruct import affordable, reconstruct_if_better
 from tvm_lowrank.searching.fit.refit import refit
+from tvm_lowrank.searching.fit.samples import sampled
 from tvm_lowrank.searching.fit.targets import dense_outputs
 from tvm_lowrank.transform import replace_sites
 
@@ -101,11 +102,11 @@ def _network(inputs: Inputs, plan: Plan, *, seed: int, folder: Path) -> IRModule
             for site in console.track(chosen, "decomposing")
         }
         return replace_sites(mod, chains)
-    images = sampled(splits.calibration, sites)
-    targets = dense_outputs(bridge, chosen, images, seed=seed, folder=folder)
-    fisher = collect_fisher(bridge, chosen, images, seed=seed)
+    seen = sampled(splits.calibration, sites)
+    targets = dense_outputs(bridge, chosen, seen, seed=seed, folder=folder)
+    fisher = collect_fisher(bridge, chosen, seen, seed=seed)
     with console.progress("decomposing and refitting", len(sites)) as advance:
-        chains = refit(mod, sites, plan, images, targets, fisher=fisher, seed=seed, folder=folder, advance=advance)
+        chains = refit(mod, sites, plan, seen, targets, fisher=fisher, seed=seed, folder=folder, advance=advance)
     network = replace_sites(mod, chains)
     if not affordable(mod, len(splits.calibration)):
         return network

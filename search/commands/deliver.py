@@ -19,6 +19,7 @@ from tvm_lowrank.bundle.portable import write_portable
 from tvm_lowrank.bundle.report import write_report
 from tvm_lowrank.codegen.link import export_library
 from tvm_lowrank.codegen.lower import build, kernels, lower
+from tvm_lowrank.data.images import part
 from tvm_lowrank.data.metric import Metric, accuracy, evaluate, paired_drop
 from tvm_lowrank.data.splits import Splits, fingerprint
 from tvm_lowrank.errors import MeasurementError
@@ -135,7 +136,7 @@ def describe(
     ``offers`` of each site are those of `tvm_lowrank.searching.choose.offers`.
     """
     choices = [(site, plan.get(site.id, Choice())) for site in sites]
-    evaluation = None if splits is None else {"evaluation_sha256": fingerprint(splits.evaluation)}
+    evaluation = None if splits is None else {"evaluation_sha256": fingerprint(splits)}
     return {
         "model": delivery.model,
         "target": dict(delivery.target),
@@ -234,12 +235,13 @@ def judged(library: Library, splits: Splits, metric: Metric, device: Device, *, 
     """
     images, labels = splits.evaluation
     here = slice(device.limit)
-    scores = evaluate(library.model, images[here], labels[here], metric, description=description, chunk=device.chunk)
+    seen = part(images, here)
+    scores = evaluate(library.model, seen, labels[here], metric, description=description, chunk=device.chunk)
     if len(scores) == len(images):
         return scores
     rest = slice(device.limit, None)
     reference = partial(predict, TorchBridge(library.mod))
-    others = evaluate(reference, images[rest], labels[rest], metric, description=f"{description}, in PyTorch")
+    others = evaluate(reference, part(images, rest), labels[rest], metric, description=f"{description}, in PyTorch")
     return np.concatenate([scores, others])
 
 

@@ -102,7 +102,14 @@ def _load_splits(asked: BundleOptions, mod: IRModule) -> Splits:
     """The data, checked against its model's input and output shapes."""
     if asked.data is None:
         console.phase("no --data: using the bundled CIFAR-10 images")
-    splits = load_data(asked.data, input_shape=image_shape(mod), mean=asked.mean, std=asked.std, classes=_classes(mod))
+    splits = load_data(
+        asked.data,
+        input_shape=image_shape(mod),
+        mean=asked.mean,
+        std=asked.std,
+        classes=_classes(mod),
+        folder=asked.folder,
+    )
     for message in overlaps(splits):
         console.warn(message)
     return splits

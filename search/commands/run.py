@@ -196,11 +196,10 @@ def _remove_unfinished(out: Path) -> None:
 
 def _header(asked: SearchOptions, inputs: Inputs) -> dict[str, Any]:
     """What must be the same for a journal's results to be this search's."""
-    splits = inputs.splits
-    arrays = () if splits is None else (splits.calibration, *splits.selection, *splits.evaluation)
+    digests = {} if inputs.splits is None else inputs.splits.digests
     return {
         "model": _digest(constants(inputs.mod["main"]), text=inputs.mod.script()),
-        "data": _digest(arrays),
+        "data": _digest((), text=" ".join(digest.sha256 for digest in digests.values())),
         "target": inputs.profile.key,
         "tvm": tvm.__version__,
         "metric": asked.metric,

@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,6 +21,7 @@ from tvm.ir import IRModule
 from tvm_lowrank import console
 from tvm_lowrank.bridge.calibrate import predict, trained_at_once
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
+from tvm_lowrank.data.images import Images
 from tvm_lowrank.graph import find_sites
 from tvm_lowrank.searching.damage import divergence
 from tvm_lowrank.searching.fit.muon import Muon
@@ -38,7 +38,7 @@ SHIFT = 1 / 8  # of an image's size
 def reconstruct(
     dense: IRModule,
     network: IRModule,
-    images: np.ndarray,
+    images: Images,
     *,
     passes: int = PASSES,
     limit: float = math.inf,
@@ -58,7 +58,6 @@ def reconstruct(
     """
     teacher, student = Learner(dense), Learner(network, learns=True)
     generator = torch.Generator().manual_seed(seed)
-    x = torch.from_numpy(images)
     at_once = trained_at_once(student.bridge)
 
     def learn(batch: Tensor) -> bool:
@@ -72,23 +71,23 @@ def reconstruct(
             loss.backward()
         return True
 
-    a_pass = math.ceil(len(x) / BATCH)
+    a_pass = math.ceil(len(images) / BATCH)
     steps = passes * a_pass
     if math.isfinite(limit):
         start = time.monotonic()
-        learn(x[:BATCH])
+        learn(torch.from_numpy(images[:BATCH]))
         steps = min(steps, max(1, int(limit / (time.monotonic() - start)) - 1))
     rate = RATE * math.sqrt(steps / (PASSES * a_pass))
     optimiser = Muon(parameter_groups(student.bridge), lr=rate)
-    for done, picked in zip(range(steps), _batches(len(x), generator), strict=False):
+    for done, picked in zip(range(steps), _batches(len(images), generator), strict=False):
         for group in optimiser.param_groups:
             group["lr"] = rate * ramp((done + 0.5) / steps, WARM_UP)
         check()
         optimiser.zero_grad()
-        if not learn(varied(x[picked], generator)):
+        if not learn(varied(torch.from_numpy(images[picked.numpy()]), generator)):
             return network
         optimiser.step()
-        advance(len(x) * passes / steps)
+        advance(len(images) * passes / steps)
     return student.network()
 
 
@@ -101,8 +100,8 @@ def _batches(count: int, generator: torch.Generator) -> Iterator[Tensor]:
 def reconstruct_if_better(
     dense: IRModule,
     network: IRModule,
-    images: np.ndarray,
-    others: np.ndarray,
+    images: Images,
+    others: Images,
     *,
     limit: float = math.inf,
     seed: int = 0,

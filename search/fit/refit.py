@@ -23,6 +23,7 @@ from tvm.ir import IRModule
 from tvm_lowrank.bridge.epilogue import Epilogue, epilogue
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.bridge.torch_nn import chain as chain_function
+from tvm_lowrank.data.images import Images
 from tvm_lowrank.graph import Site
 from tvm_lowrank.methods import METHODS, Chain, Moments, SampledMoments, decompose, grouped
 from tvm_lowrank.methods.chain import response
@@ -39,7 +40,7 @@ RIDGE = 1e-2  # pulls B towards the dense kernel where the calibration images sa
 def site_columns(
     bridge: TorchBridge,
     site: Site,
-    images: np.ndarray,
+    images: Images,
     *,
     residual: relax.Var | None = None,
     seed: int = 0,
@@ -52,7 +53,7 @@ def refit(
     mod: IRModule,
     sites: Sequence[Site],
     plan: Mapping[str, Choice],
-    images: np.ndarray,
+    images: Images,
     targets: Mapping[str, Target],
     *,
     fisher: Mapping[str, np.ndarray] | None = None,

@@ -18,6 +18,7 @@ from tvm import relax
 
 from tvm_lowrank.bridge.calibrate import batches, positions_of, sample_columns, sample_positions, sample_values
 from tvm_lowrank.bridge.torch_bridge import State, TorchBridge
+from tvm_lowrank.data.images import Images
 from tvm_lowrank.graph import Site
 from tvm_lowrank.searching.fit.waiting import Shelf
 
@@ -39,7 +40,7 @@ class Sweep:
         self,
         bridge: TorchBridge,
         sites: Sequence[Site],
-        images: np.ndarray,
+        images: Images,
         *,
         folder: Path | None = None,
         seed: int = 0,

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from tvm import relax
@@ -15,6 +14,7 @@ from tvm import relax
 from tvm_lowrank.bridge.calibrate import batches, positions_of, sample_positions, sample_values
 from tvm_lowrank.bridge.epilogue import epilogue, rivals
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
+from tvm_lowrank.data.images import Images
 from tvm_lowrank.graph import Site
 from tvm_lowrank.searching.fit import waiting
 from tvm_lowrank.searching.fit.waiting import Rows, Scratch
@@ -70,7 +70,7 @@ class Targets(Mapping[str, Target]):
 def dense_outputs(
     bridge: TorchBridge,
     sites: Sequence[Site],
-    images: np.ndarray,
+    images: Images,
     *,
     seed: int = 0,
     folder: Path | None = None,

@@ -52,8 +52,8 @@ class Device(Protocol):
         """Threads that libraries run with."""
 
     @property
-    def chunk(self) -> int:
-        """Images that a model is best given at once."""
+    def chunk(self) -> int | None:
+        """Images that a model is best given at once; None if it takes all of them, and reads them itself."""
 
     @property
     def limit(self) -> int | None:
@@ -78,7 +78,7 @@ class Host:
     devices: LocalBench
     threads: int
     how: str = "measured"
-    chunk: int = 64
+    chunk: int | None = 64
     limit: int | None = None
     linker: tuple[str | None, tuple[str, ...]] = (None, ())
 
@@ -96,7 +96,7 @@ class Boards:
     profile: Profile
     devices: Fleet
     threads: int
-    chunk: int = 2**30  # all at once: they are shared out
+    chunk: int | None = None  # all at once: they are shared out
 
     @property
     def how(self) -> str:

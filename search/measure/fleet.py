@@ -17,6 +17,7 @@ import numpy as np
 import tvm
 
 from tvm_lowrank import console
+from tvm_lowrank.data.images import Images
 from tvm_lowrank.errors import MeasurementError, UserError
 from tvm_lowrank.searching.measure.bench import START_TIMEOUT, Cancelled, Job, R, T, TrialError, Worker, WorkerPool
 from tvm_lowrank.searching.measure.remote import Board, BoardLost, Remote, RPCBench, free_boards, request
@@ -155,7 +156,7 @@ class Fleet:
         with closing(self.each([models], work)) as results:
             return next(results)
 
-    def run(self, path: Path, images: np.ndarray, *, batch: int) -> np.ndarray:
+    def run(self, path: Path, images: Images, *, batch: int) -> np.ndarray:
         """Outputs of an exported library for float32 images (n, C, H, W), computed on the boards.
 
         ``batch`` is the library's; the last batch is padded.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -15,13 +13,11 @@ from support.samples import module
 from tvm_lowrank.bridge import calibrate
 from tvm_lowrank.bridge.calibrate import (
     collect_moments,
-    evenly,
     positions_of,
     predict,
     predict_each,
     sample_columns,
     sample_positions,
-    sampled,
 )
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.graph import find_sites
@@ -121,16 +117,6 @@ def test_a_site_replaced_without_rebuilding_the_network(site: str) -> None:
         np.testing.assert_allclose(outputs, expected, atol=1e-5)
     with pytest.raises(KeyError):
         predict_each(TorchBridge(mod), images, "absent", chains)
-
-
-def test_large_networks_are_sampled_on_fewer_images_of_all_kinds() -> None:
-    images = np.arange(1000)
-    site = SimpleNamespace(macs=4e9)
-    assert len(sampled(images, [site])) == 375  # type: ignore[list-item, arg-type]
-    assert sampled(images, [site, site])[-1] == 999  # type: ignore[list-item]
-    assert len(sampled(images, [site] * 100)) == 256  # type: ignore[list-item]
-    assert len(sampled(images[:100], [site])) == 100  # type: ignore[list-item]
-    assert np.diff(evenly(images, 300)).max() == 4
 
 
 def test_samples_do_not_outgrow_memory() -> None:

@@ -56,7 +56,7 @@ def manifest(splits: Any, dense: np.ndarray, compressed: np.ndarray) -> dict[str
             "source": splits.name,
             "mean": None,
             "std": None,
-            "evaluation_sha256": fingerprint(splits.evaluation),
+            "evaluation_sha256": fingerprint(splits),
         },
         "accuracy": {
             "metric": "top1",

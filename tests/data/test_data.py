@@ -62,9 +62,9 @@ def test_example_is_the_default() -> None:
     assert splits.name == "example"
     assert overlaps(splits) == []
     again = load_data(splits.name, input_shape=(3, 32, 32))
-    assert fingerprint(again.evaluation) == fingerprint(splits.evaluation)
+    assert fingerprint(again) == fingerprint(splits)
     expected = example.data()["evaluation"]
-    np.testing.assert_array_equal(splits.evaluation[0], expected[0])
+    np.testing.assert_array_equal(splits.evaluation[0][:], expected[0])
 
 
 def test_example_does_not_fit_other_models() -> None:
@@ -91,7 +91,7 @@ def test_every_form_of_a_labelled_split_gives_the_same() -> None:
     ]
     for form in forms:
         splits = load_data(mapping(selection=form), input_shape=SHAPE)
-        got_x, got_y = splits.selection
+        got_x, got_y = splits.selection[0][:], splits.selection[1]
         assert (got_x.dtype, got_y.dtype) == (np.float32, np.int64)
         assert got_x.flags.c_contiguous
         np.testing.assert_array_equal(got_x, x)
@@ -102,7 +102,7 @@ def test_calibration_may_be_batches_with_or_without_labels() -> None:
     x = images(6)
     labelled = [[torch.from_numpy(x[:4]), torch.zeros(4)], [torch.from_numpy(x[4:]), torch.zeros(2)]]
     for form in (x, [x[:4], x[4:]], [x[:3], x[3:]], list(x), labelled, torch.from_numpy(x)):
-        np.testing.assert_array_equal(load_data(mapping(calibration=form), input_shape=SHAPE).calibration, x)
+        np.testing.assert_array_equal(load_data(mapping(calibration=form), input_shape=SHAPE).calibration[:], x)
 
 
 def test_factory_in_a_file_finds_its_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,15 +127,15 @@ def test_npz_of_pixels(tmp_path: Path, stats: tuple[list[float] | None, list[flo
     mean, std = stats
     splits = load_data(tmp_path / "d.npz", input_shape=SHAPE, mean=mean, std=std, classes=3)
     expected = (stored["evaluation_x"] / 255 - np.array(mean or 0)) / np.array(std or 1)  # type: ignore[operator]
-    np.testing.assert_allclose(splits.evaluation[0], expected.transpose(0, 3, 1, 2), atol=1e-6)
-    assert splits.evaluation[0].dtype == np.float32
+    np.testing.assert_allclose(splits.evaluation[0][:], expected.transpose(0, 3, 1, 2), atol=1e-6)
+    assert splits.evaluation[0][:].dtype == np.float32
     assert splits.name == str(tmp_path / "d.npz")
 
 
 def test_npz_of_floats(tmp_path: Path) -> None:
     x = images(3).astype("float16")
     np.savez(tmp_path / "d.npz", **arrays(calibration_x=x, selection_x=x, evaluation_x=x))  # type: ignore[arg-type]
-    np.testing.assert_array_equal(load_data(tmp_path / "d.npz", input_shape=SHAPE).calibration, x.astype("float32"))
+    np.testing.assert_array_equal(load_data(tmp_path / "d.npz", input_shape=SHAPE).calibration[:], x.astype("float32"))
 
 
 def save(path: Path, size: tuple[int, int] = (12, 10), value: int | None = None) -> None:
@@ -165,7 +165,7 @@ def test_folder_labels_follow_the_sorted_names(folder: Path) -> None:
     splits = load_data(folder, input_shape=SHAPE, classes=3)
     x, y = splits.selection
     assert y.tolist() == [0, 0, 1, 1, 2, 2]
-    np.testing.assert_allclose(x[:, 0, 0, 0] * 255, [51, 51, 1, 1, 101, 101], atol=1e-3)
+    np.testing.assert_allclose(x[:][:, 0, 0, 0] * 255, [51, 51, 1, 1, 101, 101], atol=1e-3)
     assert splits.calibration.shape == (3, 3, 8, 8)
     assert splits.name == str(folder)
 
@@ -183,14 +183,14 @@ def test_folder_scales_and_cuts_as_for_imagenet(tmp_path: Path, folder: Path) ->
     scaled = pixels.resize((round(300 * 256 / 260), 256), Image.Resampling.BILINEAR)
     left = round((scaled.width - 224) / 2)
     expected = np.asarray(scaled.crop((left, 16, left + 224, 240)))
-    got = load_data(folder, input_shape=(3, 224, 224)).evaluation[0][0]
+    got = load_data(folder, input_shape=(3, 224, 224)).evaluation[0][:1][0]
     np.testing.assert_allclose(got.transpose(1, 2, 0) * 255, expected, atol=1e-3)
 
 
 def test_folder_leaves_images_of_the_right_size_alone(folder: Path) -> None:
     save(folder / "evaluation" / "a_dog" / "0.png", (8, 8))
     expected = np.asarray(Image.open(folder / "evaluation" / "a_dog" / "0.png"))
-    got = load_data(folder, input_shape=SHAPE).evaluation[0][0]
+    got = load_data(folder, input_shape=SHAPE).evaluation[0][:1][0]
     np.testing.assert_allclose(got.transpose(1, 2, 0) * 255, expected, atol=1e-3)
 
 
@@ -311,7 +311,6 @@ def test_bad_folders(folder: Path) -> None:
 
     fails("3 class folders, the model 10 outputs", classes=10)
     fails("the model takes 4", shape=(4, 8, 8))
-    fails("GB of memory", shape=(3, 200_000, 200_000))
     broken = folder / "evaluation" / "c_fox" / "1.png"
     content = broken.read_bytes()
     for damaged in (b"no picture", content[: len(content) // 2]):
@@ -348,5 +347,6 @@ def test_overlaps_are_counted() -> None:
 
 def test_fingerprint_sees_labels_and_images() -> None:
     x, y = images(3), np.arange(3)
-    prints = {fingerprint(pair) for pair in ((x, y), (x, y + 1), (x + 1, y), (x[:2], y[:2]))}
+    pairs = ((x, y), (x, y + 1), (x + 1, y), (x[:2], y[:2]))
+    prints = {fingerprint(load_data(mapping(evaluation=pair), input_shape=SHAPE)) for pair in pairs}
     assert len(prints) == 4

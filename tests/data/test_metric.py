@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tvm_lowrank.data.metric import accuracy, load_metric, paired_drop
+from tvm_lowrank.data.metric import accuracy, evaluate, load_metric, paired_drop
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.quantities import points as points_of
 
@@ -158,3 +158,18 @@ def test_interval_without_any_difference_is_not_a_point() -> None:
 def test_interval_needs_the_same_images() -> None:
     with pytest.raises(ValueError, match="same images"):
         paired_drop(np.ones(3), np.ones(4))
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100, None])
+def test_every_image_is_scored_once_in_any_chunks(chunk: int | None) -> None:
+    x = np.random.default_rng(0).normal(size=(10, 3, 2, 2)).astype("float32")
+    labels, given = x.mean(axis=(2, 3)).argmax(1), []
+    labels[::3] += 1
+
+    def model(images: np.ndarray) -> np.ndarray:
+        given.append(len(images))
+        return images[:].mean(axis=(2, 3))
+
+    scores = evaluate(model, x, labels % 3, load_metric("top1"), chunk=chunk)
+    np.testing.assert_array_equal(scores, np.arange(10) % 3 != 0)
+    assert max(given) <= (chunk or 10) and sum(given) == 10

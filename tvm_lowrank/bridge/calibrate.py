@@ -6,6 +6,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from tvm_lowrank.graph import Site
 from tvm_lowrank.methods import AnyMoments, Chain, ConvSpec, Moments, Pair, SampledMoments
 from tvm_lowrank.methods.moments import wide
 
+if TYPE_CHECKING:
+    from tvm_lowrank.data.images import Images
+
 # of a batch: a hundred images of 32x32, or two of 224x224. What a layer makes of more of them, over 32 MB, comes from
 # the system page by page and takes as long as the arithmetic (ResNet-50, 31 images at once: 1.4 times as long)
 BATCH_PIXELS = 100 * 32 * 32
@@ -26,24 +30,10 @@ MOST_AT_ONCE = 100
 GATHERED = 512  # columns that are kept back until their products are added to a covariance
 BLOCK = 1024  # rows of a covariance that are summed at once, and no further to the left than the diagonal needs
 TRAINED_NUMBERS = 2**27  # in all variables of a network, for the images that are computed at once with gradients
-SAMPLED_MACS, FEWEST_SAMPLED = 1.5e12, 256  # of a pass over the images that statistics and the refit look at
 SAMPLES = 32_000  # output positions of a site, in all images
 POSITIONS = 32, 96  # at least and at most of an image, if it has so many: more of one image say little new
 FISHER_POSITIONS = 64  # where gradients are looked at
 SAMPLED_NUMBERS = 80_000_000  # in the columns of a site; three times as many samples as inputs where these are 4,608
-
-
-def evenly(images: np.ndarray, count: int) -> np.ndarray:
-    """So many of the images, evenly spaced, for they may be sorted; all of them if they are no more."""
-    if count >= len(images):
-        return images
-    return images[np.linspace(0, len(images) - 1, count).round().astype(int)]
-
-
-def sampled(images: np.ndarray, sites: Sequence[Site]) -> np.ndarray:
-    """The calibration images that statistics and the refit look at: fewer of them for large networks."""
-    macs = sum(site.macs for site in sites)
-    return evenly(images, max(FEWEST_SAMPLED, int(SAMPLED_MACS / max(1, macs))))
 
 
 def positions_of(spec: ConvSpec, size: Pair, images: int) -> int:
@@ -96,7 +86,7 @@ def sample_values(values: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
 def collect_moments(
     bridge: TorchBridge,
     sites: Sequence[Site],
-    images: np.ndarray,
+    images: Images,
     *,
     seed: int = 0,
     advance: Callable[[int], object] = lambda done: None,
@@ -115,7 +105,7 @@ def collect_moments(
 def each_moments(
     bridge: TorchBridge,
     sites: Sequence[Site],
-    images: np.ndarray,
+    images: Images,
     *,
     seed: int = 0,
     advance: Callable[[int], object] = lambda done: None,
@@ -181,7 +171,7 @@ def _add_products(sums: Tensor, columns: Tensor) -> None:
 def collect_fisher(
     bridge: TorchBridge,
     sites: Sequence[Site],
-    images: np.ndarray,
+    images: Images,
     *,
     seed: int = 0,
     advance: Callable[[int], object] = lambda done: None,
@@ -227,20 +217,20 @@ def collect_fisher(
 
 
 @torch.no_grad()
-def predict(bridge: TorchBridge, images: np.ndarray) -> np.ndarray:
+def predict(bridge: TorchBridge, images: Images) -> np.ndarray:
     """The network's outputs for float32 NCHW images, in one array."""
     return np.concatenate([bridge(chunk).numpy() for _, chunk in batches(images)])
 
 
 @torch.no_grad()
-def predict_each(bridge: TorchBridge, images: np.ndarray, site: str, chains: Sequence[Chain]) -> list[np.ndarray]:
+def predict_each(bridge: TorchBridge, images: Images, site: str, chains: Sequence[Chain]) -> list[np.ndarray]:
     """The outputs with each of these chains in the place of a site; what comes before it is computed once."""
     instead = [chain(own.convs, own.bias_correction) for own in chains]
     parts = [bridge.forked(chunk, site, instead) for _, chunk in batches(images)]
     return [np.concatenate([part[i].numpy() for part in parts]) for i in range(len(chains))]
 
 
-def batches(images: np.ndarray, count: int | None = None) -> Iterator[tuple[int, Tensor]]:
+def batches(images: Images, count: int | None = None) -> Iterator[tuple[int, Tensor]]:
     """Images in batches of so many, or of `batch_of` them, each with the number of its first image.
 
     They are NCHW, but their channels lie next to each other: PyTorch computes faster so.
@@ -255,6 +245,6 @@ def trained_at_once(bridge: TorchBridge) -> int:
     return max(1, TRAINED_NUMBERS // sum(bridge.sizes()))
 
 
-def batch_of(images: np.ndarray) -> int:
+def batch_of(images: Images) -> int:
     """How many images (n, C, H, W) to compute at once: two, or more small ones."""
     return int(np.clip(BATCH_PIXELS // (images.shape[2] * images.shape[3]), 2, MOST_AT_ONCE))

@@ -12,8 +12,10 @@ import numpy as np
 from tvm_lowrank.bundle.library import CompiledModel, Which, library
 from tvm_lowrank.bundle.manifest import read_manifest
 from tvm_lowrank.console import phase, table
+from tvm_lowrank.data.form import Stats
+from tvm_lowrank.data.images import part
 from tvm_lowrank.data.metric import accuracy, evaluate, load_metric, paired_drop
-from tvm_lowrank.data.splits import IN_MEMORY, Stats, fingerprint, load_data
+from tvm_lowrank.data.splits import IN_MEMORY, fingerprint, load_data
 from tvm_lowrank.errors import UserError
 
 # a point is 0.01 of the images: this is far less than one image
@@ -46,7 +48,7 @@ def verify(
     mean: Stats = None,
     std: Stats = None,
     open_model: OpenModel = CompiledModel,
-    chunk: int = 64,
+    chunk: int | None = 64,
     limit: int | None = None,
 ) -> Verification:
     """Measure the accuracy of a bundle's two libraries again.
@@ -56,7 +58,7 @@ def verify(
     data : None repeats it on the data that the manifest names, with its mean and standard deviation.
     open_model : makes a function of any number of images of a library and its input shape (N, C, H, W); for a device
         that is not this machine, see `tvm_lowrank.searching.measure.device`.
-    chunk : images that such a function is given at once.
+    chunk : images that such a function is given at once; None is all of them.
     limit : look at so many images only.
 
     Raises
@@ -76,7 +78,7 @@ def verify(
     batch, channels, height, width = manifest["input_shape"]
     splits = load_data(data, input_shape=(channels, height, width), mean=mean, std=std)
     metric = load_metric(stated["metric"])
-    images, labels = (part[:limit] for part in splits.evaluation)
+    images, labels = part(splits.evaluation[0], slice(limit)), splits.evaluation[1][:limit]
     phase(f"accuracy of both libraries on {len(images)} images of {splits.name}")
 
     def judged(which: Which) -> np.ndarray:
@@ -85,7 +87,7 @@ def verify(
 
     dense, compressed = judged("dense"), judged("model")
     drop, ci95 = paired_drop(dense, compressed)
-    same_data = fingerprint(splits.evaluation) == manifest["data"]["evaluation_sha256"]
+    same_data = fingerprint(splits) == manifest["data"]["evaluation_sha256"]
     measured = {"dense": accuracy(dense), "compressed": accuracy(compressed), "drop": drop}
     if same_data and len(images) == stated["n"]:
         ok = all(abs(measured[key] - stated[key]) <= TOLERANCE for key in measured)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
 from PIL import Image
 
-from tvm_lowrank.console import track
+from tvm_lowrank.data.form import Form
 from tvm_lowrank.data.reference import summary
 from tvm_lowrank.errors import UserError
 
@@ -16,27 +19,68 @@ SPLITS = ("calibration", "selection", "evaluation")
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"))
 # ImageNet's usual evaluation: scale to 256, then cut 224 from the middle
 RESIZE = 256 / 224
-# a pixel as uint8 here, and as float32 when it is normalised
-BYTES_PER_VALUE = 5
+KEPT = 2**29  # bytes of decoded images, of all splits together; others are decoded whenever they are asked for
+THREADS = 8  # at most; decoders leave Python's lock alone
 
 
-def read_folder(root: Path, *, input_shape: tuple[int, int, int], classes: int | None = None) -> dict[str, tuple]:
-    """The three splits of a folder: for each its images, uint8 (n, H, W, C), and labels, int64 (n,).
+@dataclass(frozen=True, eq=False)
+class Files:
+    """Image files as uint8 (n, H, W, C) for a model that takes (C, H, W), each decoded when it is asked for.
+
+    A file that cannot be read is a UserError then. ``kept`` are decoded ones, the first that came; several splits may
+    have it in common.
+    """
+
+    paths: Sequence[Path]
+    input_shape: tuple[int, int, int]
+    kept: dict[Path, np.ndarray]
+    dtype = np.dtype(np.uint8)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        channels, height, width = self.input_shape
+        return (len(self.paths), height, width, channels)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, picked: slice | np.ndarray, /) -> np.ndarray:
+        paths = [self.paths[number] for number in np.arange(len(self))[picked].tolist()]
+        known = {path: self.kept[path] for path in paths if path in self.kept}
+        wanted = [path for path in dict.fromkeys(paths) if path not in known]
+        if wanted:
+            # threads of one batch only: they would be missing in a process that is forked
+            with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+                decoded = dict(zip(wanted, pool.map(self._read, wanted), strict=True))
+            known |= decoded
+            room = max(0, KEPT // int(np.prod(self.input_shape)) - len(self.kept))
+            self.kept.update(list(decoded.items())[:room])
+        images = np.empty((len(paths), *self.shape[1:]), np.uint8)
+        for own, path in zip(images, paths, strict=True):
+            own[...] = known[path]
+        return images
+
+    def _read(self, path: Path) -> np.ndarray:
+        return read_image(path, self.input_shape)
+
+
+def read_folder(root: Path, form: Form) -> tuple[Files, tuple[Files, np.ndarray], tuple[Files, np.ndarray]]:
+    """Calibration images, and selection and evaluation images with labels, int64 (n,), of a folder.
 
     ``selection/`` and ``evaluation/`` have one folder per class, and labels count these in sorted order;
-    ``calibration/`` may be flat, its labels are all 0. Hidden files and files that are not images are ignored.
+    ``calibration/`` may be flat. Hidden files and files that are not images are ignored.
 
     Raises
     ------
     UserError
-        If a folder is missing or empty, the classes differ, an image cannot be read, or memory does not suffice.
+        If a folder is missing or empty, or the classes differ.
     """
     for split in SPLITS:
         if not (root / split).is_dir():
             raise UserError(f"{root} has no folder {split!r}; it needs {', '.join(SPLITS)}")
-    if input_shape[0] not in (1, 3):
+    if form.shape[0] not in (1, 3):
         raise UserError(
-            f"image files have 1 or 3 channels, the model takes {input_shape[0]}; use --data file.py:factory"
+            f"image files have 1 or 3 channels, the model takes {form.shape[0]}; use --data file.py:factory"
         )
     names, others = (_class_names(root / split) for split in SPLITS[1:])
     if names != others:
@@ -44,9 +88,9 @@ def read_folder(root: Path, *, input_shape: tuple[int, int, int], classes: int |
         raise UserError(
             f"{root}: class folder {odd!r} is in only one of selection and evaluation; make the lists equal"
         )
-    if classes is not None and len(names) != classes:
+    if form.classes is not None and len(names) != form.classes:
         raise UserError(
-            f"{root} has {len(names)} class folders, the model {classes} outputs; give one folder per class"
+            f"{root} has {len(names)} class folders, the model {form.classes} outputs; give one folder per class"
         )
     files = {"calibration": [(path, 0) for path in _image_files(root / "calibration")]}
     for split in SPLITS[1:]:
@@ -54,19 +98,11 @@ def read_folder(root: Path, *, input_shape: tuple[int, int, int], classes: int |
     for split, listed in files.items():
         if not listed:
             raise UserError(f"{root / split} holds no images; put {', '.join(sorted(SUFFIXES))} files there")
-    needed = BYTES_PER_VALUE * sum(map(len, files.values())) * int(np.prod(input_shape))
-    free = psutil.virtual_memory().available
-    if needed > free:
-        raise UserError(
-            f"the images of {root} need {needed / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free; use fewer images"
-        )
-    return {
-        split: (
-            np.stack([read_image(path, input_shape) for path, _ in track(listed, f"reading {split}")]),
-            np.array([label for _, label in listed], "int64"),
-        )
-        for split, listed in files.items()
-    }
+    kept: dict[Path, np.ndarray] = {}
+    images = {split: Files([path for path, _ in listed], form.shape, kept) for split, listed in files.items()}
+    labels = {split: np.array([label for _, label in listed], "int64") for split, listed in files.items()}
+    calibration, selection, evaluation = SPLITS
+    return images[calibration], (images[selection], labels[selection]), (images[evaluation], labels[evaluation])
 
 
 def read_image(path: Path, input_shape: tuple[int, int, int]) -> np.ndarray:

@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
 from tvm_lowrank import console
+from tvm_lowrank.data.images import Images
 from tvm_lowrank.data.reference import absolute, is_reference, load_object, summary
 from tvm_lowrank.errors import UserError
 
@@ -76,15 +78,20 @@ def paired_drop(
 
 
 def evaluate(
-    model: Callable[[np.ndarray], np.ndarray],
-    images: np.ndarray,
+    model: Callable[[Any], np.ndarray],
+    images: Images,
     labels: np.ndarray,
     metric: Metric,
     *,
     description: str = "accuracy",
-    chunk: int = 64,
+    chunk: int | None = 64,
 ) -> np.ndarray:
-    """The metric's score of each image, float64 (n,); ``model`` maps float32 (m, C, H, W) to outputs (m, …)."""
+    """The metric's score of each image, float64 (n,); ``model`` maps float32 (m, C, H, W) to outputs (m, …).
+
+    It is given so many images at once; with None all of them, to be read as it can take them.
+    """
+    if chunk is None:
+        return metric.scores(model(images), labels)
     scores = []
     with console.progress(description, len(images)) as advance:
         for start in range(0, len(images), chunk):

@@ -10,17 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tvm_lowrank.data.form import Form, Stats, form_of
+from tvm_lowrank.data.given import as_array, is_batch
 from tvm_lowrank.data.reference import absolute, load_object, summary
-from tvm_lowrank.data.splits import (
-    IN_MEMORY,
-    Scale,
-    Stats,
-    as_array,
-    checked_images,
-    checked_labels,
-    is_batch,
-    scale_of,
-)
+from tvm_lowrank.data.splits import IN_MEMORY
 from tvm_lowrank.errors import UserError
 
 Batch = tuple[Tensor, Tensor]
@@ -76,34 +69,27 @@ def load_training(
         If there is no such function, it fails or returns something else, or its first batch is not usable; while
         iterating, if a later batch is not, with the numbers of the epoch and of the batch.
     """
-    check = _Check(input_shape, scale_of(mean, std, input_shape[0]), classes)
+    form = form_of(input_shape, mean, std, classes)
     if isinstance(source, str):
         name, given = source, _called(load_object(source), source)
     else:
         name, given = IN_MEMORY, source
-    epochs = _epochs(given, name, check)
+    epochs = _epochs(given, name, form)
 
     def batches(number: int) -> Iterable[Batch]:
-        return _Epoch(_called(epochs, name, number), number, name, check)
+        return _Epoch(_called(epochs, name, number), number, name, form)
 
     next(iter(batches(1)))
     return batches
 
 
-@dataclass(frozen=True)
-class _Check:
-    """From a batch of the user's to tensors that the model takes."""
-
-    shape: tuple[int, int, int]
-    scale: Scale | None
-    classes: int | None
-
-    def __call__(self, batch: Any, where: str) -> Batch:
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise UserError(f"{where} is {type(batch).__name__}; give a pair (images, labels)")
-        images = checked_images(as_array(batch[0], 4, f"{where} images"), where, self.shape, self.scale)
-        labels = checked_labels(as_array(batch[1], 1, f"{where} labels"), where, len(images), self.classes)
-        return torch.from_numpy(images), torch.from_numpy(labels)
+def _checked(batch: Any, where: str, form: Form) -> Batch:
+    """A batch of the user's as tensors that the model takes."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise UserError(f"{where} is {type(batch).__name__}; give a pair (images, labels)")
+    images = form.images(as_array(batch[0], 4, f"{where} images"), where)
+    labels = form.labels(as_array(batch[1], 1, f"{where} labels"), where, len(images))
+    return torch.from_numpy(images), torch.from_numpy(labels)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +99,7 @@ class _Epoch:
     batches: Iterable[Any]
     number: int
     source: str
-    check: _Check
+    form: Form
 
     def __len__(self) -> int:
         return len(self.batches)  # type: ignore[arg-type]  # TypeError, as of any object without a length
@@ -121,7 +107,7 @@ class _Epoch:
     def __iter__(self) -> Iterator[Batch]:
         empty = True
         for where, batch in self._named():
-            yield self.check(batch, where)
+            yield _checked(batch, where, self.form)
             empty = False
         if empty:
             raise UserError(f"training data {self.source} has no batch in epoch {self.number}; give at least one")
@@ -169,10 +155,10 @@ def _called(function: Any, source: str, *arguments: int) -> Any:
         raise UserError(f"training data {source} failed: {summary(error)}; correct the function") from error
 
 
-def _epochs(value: Any, source: str, check: _Check) -> Any:
+def _epochs(value: Any, source: str, form: Form) -> Any:
     """What the factory returned, as a function of the epoch or as batches for every epoch."""
     if isinstance(value, (tuple, list)) and len(value) == 2 and not is_batch(value[0]):
-        return _shuffled(value[0], value[1], check)
+        return _shuffled(value[0], value[1], form)
     if isinstance(value, Iterator):
         raise UserError(
             f"training data {source} gave {type(value).__name__}, which can be read only once; give {_FORMS}"
@@ -182,8 +168,8 @@ def _epochs(value: Any, source: str, check: _Check) -> Any:
     return value
 
 
-def _shuffled(images: Any, labels: Any, check: _Check) -> Callable[[int], _Shuffled]:
+def _shuffled(images: Any, labels: Any, form: Form) -> Callable[[int], _Shuffled]:
     x, y = as_array(images, 4, "training images"), as_array(labels, 1, "training labels")
-    checked_images(np.atleast_1d(x)[:1], "training", check.shape, check.scale)
-    y = checked_labels(y, "training", len(x), check.classes)
+    form.images(np.atleast_1d(x)[:1], "training")
+    y = form.labels(y, "training", len(x))
     return lambda epoch: _Shuffled(x, y, np.random.default_rng(epoch).permutation(len(x)))

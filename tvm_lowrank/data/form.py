@@ -1,0 +1,124 @@
+"""What a model takes: the form of its images and labels, and what is said of those that have another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tvm_lowrank.errors import UserError
+
+Stats = Sequence[float] | None
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Mean and standard deviation, (C, 1, 1) or scalar, float32."""
+
+    mean: np.ndarray | np.float32
+    std: np.ndarray | np.float32
+
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        """uint8 (n, H, W, C) to float32 (n, C, H, W)."""
+        images = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), dtype="float32")
+        images /= 255
+        images -= self.mean
+        images /= self.std
+        return images
+
+
+@dataclass(frozen=True)
+class Form:
+    """Images (C, H, W), how uint8 ones are scaled if that was asked for, and the number of classes if it is known."""
+
+    shape: tuple[int, int, int]
+    scale: Scale | None = None
+    classes: int | None = None
+
+    def check(self, shape: Sequence[int], dtype: np.dtype, split: str) -> None:
+        """Raise UserError unless arrays of such a shape and type are images that the model takes."""
+        channels, height, width = self.shape
+        pixels = dtype == np.uint8
+        expected = (height, width, channels) if pixels else self.shape
+        if len(shape) != 4 or tuple(shape[1:]) != expected:
+            layout = "uint8 NHWC" if pixels else "float NCHW"
+            raise UserError(
+                f"{split} images have shape {by(shape)} ({dtype}); the model takes {layout} n x {by(expected)}"
+            )
+        if not pixels and dtype.kind != "f":
+            raise UserError(f"{split} images are {dtype}; give uint8 NHWC or float NCHW")
+        if not pixels and self.scale is not None:
+            raise UserError(
+                f"{split} images are {dtype}, mean and std apply to uint8; normalise them or leave both out"
+            )
+
+    def prepared(self, raw: np.ndarray) -> np.ndarray:
+        """uint8 (n, H, W, C) or floats (n, C, H, W) as float32 (n, C, H, W); numbers that are too large become Inf."""
+        if raw.dtype == np.uint8:
+            return (self.scale or Scale(np.float32(0), np.float32(1)))(raw)
+        with np.errstate(over="ignore"):
+            return np.require(raw, np.float32, ("C", "W", "E"))  # torch warns of what is not writable
+
+    def images(self, array: np.ndarray, split: str) -> np.ndarray:
+        """`prepared` images, none of them bad; UserError if they are not such or there are none."""
+        self.check(array.shape, array.dtype, split)
+        check_some(len(array), split)
+        images = self.prepared(array)
+        check_finite(finite(images), split)
+        return images
+
+    def labels(self, array: np.ndarray, split: str, count: int) -> np.ndarray:
+        """The labels of so many images, int64 (n,); UserError if they are not such."""
+        if array.shape != (count,):
+            raise UserError(
+                f"{split} has {count} images but labels of shape {by(array.shape)}; give one label per image"
+            )
+        if array.dtype.kind not in "iu":
+            raise UserError(f"{split} labels are {array.dtype}; give integers that count classes from 0")
+        low, high = int(array.min()), int(array.max())
+        if low < 0 or (self.classes is not None and high >= self.classes):
+            limit = "" if self.classes is None else f" to {self.classes - 1}, the model's last output"
+            raise UserError(f"{split} labels run from {low} to {high}; give classes from 0{limit}")
+        return array.astype("int64")
+
+
+def check_some(count: int, split: str) -> None:
+    """Raise UserError if a split has no images."""
+    if not count:
+        raise UserError(f"{split} is empty; give at least one image")
+
+
+def finite(images: np.ndarray) -> np.ndarray:
+    """Which images (n, C, H, W) hold neither NaN nor Inf: (n,)."""
+    return np.isfinite(images).all(axis=(1, 2, 3))
+
+
+def check_finite(found: np.ndarray, split: str) -> None:
+    """Raise UserError unless all images of a split were found `finite`."""
+    bad = np.flatnonzero(~found)
+    if bad.size:
+        raise UserError(f"{bad.size} {split} images hold NaN or Inf, the first is number {bad[0]}; remove them")
+
+
+def form_of(shape: tuple[int, int, int], mean: Stats, std: Stats, classes: int | None) -> Form:
+    """The form of a model's images and labels; UserError if mean and standard deviation do not fit.
+
+    If neither is given there is no scale: float images need none, and one that was given must not be ignored.
+    """
+    if mean is None and std is None:
+        return Form(shape, None, classes)
+    arrays = []
+    for name, values, default in (("mean", mean, 0.0), ("std", std, 1.0)):
+        array = np.asarray([default] if values is None else values, dtype="float32").reshape(-1, 1, 1)
+        if len(array) not in (1, shape[0]):
+            raise UserError(f"--{name} has {len(array)} values, the model {shape[0]} channels; give one per channel")
+        if not np.isfinite(array).all() or (name == "std" and (array <= 0).any()):
+            raise UserError(f"--{name} {array.ravel().tolist()} is not usable; give finite numbers, std above 0")
+        arrays.append(array)
+    return Form(shape, Scale(*arrays), classes)
+
+
+def by(shape: Sequence[int]) -> str:
+    """A shape as text: 3x32x32."""
+    return "x".join(map(str, shape))

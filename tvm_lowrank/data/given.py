@@ -1,0 +1,143 @@
+"""What a user's objects hold: arrays, tensors, and what gives batches of them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from tvm_lowrank.console import progress
+from tvm_lowrank.data.form import Form, by
+from tvm_lowrank.data.images import Raw, Spool
+from tvm_lowrank.data.reference import summary
+from tvm_lowrank.errors import UserError
+
+T = TypeVar("T")
+
+
+def read_images(value: Any, what: str, split: str, form: Form, folder: Path | None) -> Raw:
+    """Images: an array as it is, or batches, which are read once; labels that come with them are dropped.
+
+    ``what`` they are called as long as they are no array. Batches that are too many for memory go to a file in
+    ``folder``.
+
+    Raises
+    ------
+    UserError
+        If there are none, they have not the form, reading fails, or there is no room for them.
+    """
+    items = None if hasattr(value, "__array__") else _items(value)
+    if items is None:
+        array = as_array(value, 4, what)
+        form.check(array.shape, array.dtype, split)
+        return array
+
+    def batch(item: Any) -> np.ndarray:
+        return as_array(item[0] if is_batch(item) else item, 4, what)
+
+    return _spooled(_each(items, what, batch), _count(value), what, split, form, folder)
+
+
+def read_labelled(value: Any, split: str, form: Form, folder: Path | None) -> tuple[Raw, np.ndarray]:
+    """Images and labels: a pair, each as for `read_images`, or batches of such pairs; the labels are not checked."""
+    x_name, y_name = f"{split} images", f"{split} labels"
+    if _is_pair(value) and not is_batch(value[0]):
+        return read_images(value[0], x_name, split, form, folder), as_array(value[1], 1, y_name)
+    items = None if hasattr(value, "__array__") else _items(value)
+    neither = f"{split} is {type(value).__name__}; give a pair (images, labels) or batches of such pairs"
+    if items is None:
+        raise UserError(neither)
+    labels: list[np.ndarray] = []
+
+    def batch(item: Any) -> np.ndarray:
+        if not _is_pair(item):
+            raise UserError(neither)
+        labels.append(np.array(as_array(item[1], 1, y_name)))  # a copy: a loader's memory is scarce
+        return as_array(item[0], 4, x_name)
+
+    images = _spooled(_each(items, split, batch), _count(value), x_name, split, form, folder)
+    return images, _join(labels, 1, y_name)
+
+
+def as_array(value: Any, dims: int, what: str) -> np.ndarray:
+    """An array, a tensor, or an iterable of batches (``dims`` axes) or items (``dims - 1`` axes) as one array."""
+    if callable(getattr(value, "detach", None)):
+        value = value.detach().cpu()
+    if hasattr(value, "__array__") or hasattr(value, "__array_interface__") or isinstance(value, (int, float)):
+        return np.asarray(value)
+    items = _items(value)
+    if items is None:
+        raise UserError(f"{what}: {type(value).__name__} is no array; give an array, a tensor or batches of them")
+    return _join(list(_each(items, what, lambda item: as_array(item, dims, what))), dims, what)
+
+
+def is_batch(item: Any) -> bool:
+    """Whether an item is an (images, labels) pair rather than a list of two arrays."""
+    return _is_pair(item) and getattr(item[0], "ndim", 0) > getattr(item[1], "ndim", 0)
+
+
+def _is_pair(item: Any) -> bool:
+    return isinstance(item, (tuple, list)) and len(item) == 2
+
+
+def _items(value: Any) -> Iterable[Any] | None:
+    """What to iterate over, or None for what is not a collection of arrays."""
+    if isinstance(value, (str, bytes, Mapping)):
+        return None
+    if hasattr(value, "__iter__"):
+        return iter(value)
+    if hasattr(value, "__getitem__") and hasattr(value, "__len__"):
+        # a torch Dataset; iterating over it directly would rely on an IndexError at its end
+        return (value[i] for i in range(len(value)))
+    return None
+
+
+def _count(value: Any) -> int | None:
+    """How many items a value has, if it says so."""
+    return operator.length_hint(value) or None
+
+
+def _each(items: Iterable[Any], what: str, convert: Callable[[Any], T]) -> Iterator[T]:
+    """The items of an iterable of the user's, converted; its code may fail anywhere."""
+    try:
+        for item in items:
+            yield convert(item)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what}: reading failed: {summary(error)}; correct the data source") from error
+
+
+def _join(parts: list[np.ndarray], dims: int, what: str) -> np.ndarray:
+    if not parts:
+        raise UserError(f"{what}: empty; give at least one image")
+    try:
+        return np.concatenate(parts) if parts[0].ndim == dims else np.stack(parts)
+    except ValueError as error:
+        raise UserError(f"{what}: batches do not fit together: {error}; all images need one shape") from error
+
+
+def _spooled(
+    batches: Iterable[np.ndarray], count: int | None, what: str, split: str, form: Form, folder: Path | None
+) -> Raw:
+    """So many batches (n, …) or single images, checked and put together as they come."""
+    spool, first = Spool(folder, f"{split} images"), None
+    with progress(f"reading {split} images", count) as advance:
+        for item in batches:
+            batch = item if item.ndim >= 4 else item[None]
+            own = batch.shape[1:], batch.dtype.kind
+            if first not in (None, own):
+                raise UserError(
+                    f"{what}: batches do not fit together: {by(batch.shape)} ({batch.dtype}) after others of "
+                    f"{by(first[0])}; all images need one shape"
+                )
+            form.check(batch.shape, batch.dtype, split)
+            spool.add(batch)
+            first = own
+            advance()
+    if first is None:
+        raise UserError(f"{what}: empty; give at least one image")
+    return spool.read()
