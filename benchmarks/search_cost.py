@@ -5,10 +5,10 @@
     python benchmarks/search_cost.py --model net.py:build --data net.py:data --mean 0.485,0.456,0.406 --std 0.229
 
 The networks have random weights at 224x224, which take as long as others; ``--model`` is any other of this size. The
-images are made, and the labels are what the dense network says of them. ``--data`` is real data, as of a search. With
-``--images 0`` there are no data: synthetic images stand in, and nothing is fitted or evaluated. The cache is empty. What runs on several cores at once is
-counted for each of them. Memory is that of this process and of those that it starts; what a phase keeps is what is
-more at its end than at its beginning.
+images are made, and the labels are what the dense network says of them; ``--data`` is real data, as of a search. With
+``--images 0`` there are no data: synthetic images stand in, and nothing is fitted or evaluated. The cache is empty.
+What runs on several cores at once is counted for each of them. Memory is that of this process and of those that it
+starts; what a phase keeps is what is more at its end than at its beginning.
 """
 
 from __future__ import annotations
@@ -114,6 +114,8 @@ def watched() -> list[tuple[str, Any, str]]:
         ("damage of sites predicted (factorisations)", sensitivity.Sensitivity, "_predicted"),
         ("sites probed", sensitivity, "predict_each"),
         ("plans decomposed", sensitivity.Sensitivity, "network"),
+        ("targets of the refit (one pass)", sensitivity, "dense_outputs"),
+        ("plans refitted", networks, "refit"),
         ("plans reconstructed", networks, "reconstruct_if_better"),
         ("allocations (integer programs)", loop, "allocate"),
         ("whole networks lowered", times.SiteTimes, "_network"),

@@ -29,7 +29,7 @@ from tvm_lowrank.methods import METHODS, AnyMoments, Chain, Factors, cut, factor
 from tvm_lowrank.plan import Choice
 from tvm_lowrank.searching.candidates import candidates, site_macs
 from tvm_lowrank.searching.damage import DamageCurve, divergence, interpolated, probes, to_solve
-from tvm_lowrank.searching.fit.samples import evenly, sampled
+from tvm_lowrank.searching.fit.samples import apart, sampled
 from tvm_lowrank.searching.fit.targets import Targets, dense_outputs
 from tvm_lowrank.searching.fit.waiting import Shelf, give_back
 from tvm_lowrank.searching.journal import Journal
@@ -40,6 +40,9 @@ T = TypeVar("T")
 
 PROBE_IMAGES, FEWEST_IMAGES = 500, 50
 PROBE_MACS = 2e11  # of a probe: large networks are probed with fewer images
+# at most, of all images. Statistics do not see them: the last layer of a ResNet-50 at rank 384, of whose 2,048 inputs
+# there were 375 samples, loses 0.002 nats on their images and 0.18 on others
+PROBE_SHARE = 0.2
 
 
 class Sensitivity:
@@ -48,7 +51,7 @@ class Sensitivity:
     Parameters
     ----------
     mod : the dense canonical module.
-    images : calibration images, float32 NCHW; ``sampled`` are those that statistics and the refit look at.
+    images : calibration images, float32 NCHW; ``sampled`` are those that gradients and the refit look at.
     methods, lanes : of the candidates; ranks are multiples of `lanes`.
     share : damage in nats that a site may take in a likely plan of all sites; probes are chosen around it.
     synthetic : the images stand in for data that there is not.
@@ -69,7 +72,10 @@ class Sensitivity:
     ) -> None:
         self.mod, self.images, self.seed = mod, images, seed
         self.sites = {site.id: site for site in find_sites(mod)}
-        self.sampled = sampled(images, list(self.sites.values()))
+        sites = list(self.sites.values())
+        wanted = int(np.clip(PROBE_MACS / max(1, sum(site.macs for site in sites)), FEWEST_IMAGES, PROBE_IMAGES))
+        self._probed, self._rest = apart(images, max(1, min(wanted, int(PROBE_SHARE * len(images)))))
+        self.sampled = sampled(self._rest, sites)
         self._bridge = TorchBridge(mod)
         self._methods, self._lanes, self._synthetic = methods, lanes, synthetic
         self._share = share
@@ -89,8 +95,8 @@ class Sensitivity:
 
     def _collected_moments(self) -> Shelf[AnyMoments]:
         shelf: Shelf[AnyMoments] = Shelf(self.folder)
-        with console.progress("calibrating", len(self.sampled)) as advance:
-            found = each_moments(self._bridge, self._examined, self.sampled, seed=self.seed, advance=advance)
+        with console.progress("calibrating", len(self._rest)) as advance:
+            found = each_moments(self._bridge, self._examined, self._rest, seed=self.seed, advance=advance)
             for name, own in found:
                 shelf.put(name, shrunk(own) if self._synthetic else own)
         give_back()
@@ -153,8 +159,7 @@ class Sensitivity:
         The evaluations are kept in the journal; ``check`` is called before those of each site. Once ``enough`` says
         so, no more are made: the corrections of the other sites are the mean of those that there are.
         """
-        macs = sum(site.macs for site in self.sites.values())
-        images = evenly(self.images, int(np.clip(PROBE_MACS / macs, FEWEST_IMAGES, PROBE_IMAGES)))
+        images = self._probed
         dense = predict(self._bridge, images)
         names = list(self.candidates)
         unpredicted = [name for name in names if journal.get("predicted", name) is None]

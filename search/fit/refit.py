@@ -197,4 +197,4 @@ def moments_of(columns: Tensor) -> Moments:
     for part in columns.split(BLOCK, dim=1):
         centred = part - mean[:, None].float()
         covariance += centred.mT @ centred
-    return Moments(mean.numpy(), (covariance / samples).numpy())
+    return Moments.of(mean.numpy(), (covariance / samples).numpy(), samples)

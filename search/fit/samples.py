@@ -9,7 +9,7 @@ import numpy as np
 from tvm_lowrank.data.images import Images, part
 from tvm_lowrank.graph import Site
 
-MACS, FEWEST = 1.5e12, 256  # of a pass over the images that statistics and the refit look at
+MACS, FEWEST = 1.5e12, 256  # of a pass over the images that gradients and the refit look at
 
 
 def evenly(images: Images, count: int) -> Images:
@@ -19,7 +19,14 @@ def evenly(images: Images, count: int) -> Images:
     return part(images, np.linspace(0, len(images) - 1, count).round().astype(int))
 
 
+def apart(images: Images, count: int) -> tuple[Images, Images]:
+    """So many of the images, evenly spaced, and the others; of a single image both are this one."""
+    taken = np.linspace(0, len(images) - 1, count).round().astype(int)
+    rest = np.setdiff1d(np.arange(len(images)), taken)
+    return part(images, taken), part(images, rest) if len(rest) else images
+
+
 def sampled(images: Images, sites: Sequence[Site]) -> Images:
-    """The calibration images that statistics and the refit look at: fewer of them for large networks."""
+    """The images that gradients and the refit look at: fewer of them for large networks."""
     macs = sum(site.macs for site in sites)
     return evenly(images, max(FEWEST, int(MACS / max(1, macs))))

@@ -32,6 +32,12 @@ def test_interpolates_powers_exactly() -> None:
         assert curve(error) == pytest.approx(3 * error**1.3)
 
 
+def test_sites_without_probes_are_corrected_as_others_were() -> None:
+    curve = DamageCurve.mean([{0.1: 0.2, 0.01: 0.08}, {0.5: 0.25}])
+    assert [curve(value) for value in (0.001, 0.3)] == pytest.approx([0.002, 0.6])  # 2, 8 and 1/2 times: 2 on average
+    assert DamageCurve.mean([])(0.3) == pytest.approx(0.3)
+
+
 def test_divergence_is_that_of_the_definition() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((2, 50, 10))

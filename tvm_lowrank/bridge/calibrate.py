@@ -18,7 +18,7 @@ from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.bridge.torch_nn import chain
 from tvm_lowrank.graph import Site
 from tvm_lowrank.methods import AnyMoments, Chain, ConvSpec, Moments, Pair, SampledMoments
-from tvm_lowrank.methods.moments import wide
+from tvm_lowrank.methods.moments import shrunk_to_few, wide
 
 if TYPE_CHECKING:
     from tvm_lowrank.data.images import Images
@@ -155,7 +155,7 @@ def each_moments(
         covariance = np.triu(products.pop(name).numpy()).astype(np.float64) / count
         covariance += np.triu(covariance, 1).swapaxes(1, 2)
         covariance -= mean[:, :, None] * mean[:, None, :]
-        yield name, Moments(mean, covariance)
+        yield name, Moments.of(mean, covariance, count)
 
 
 def _add_products(sums: Tensor, columns: Tensor) -> None:
@@ -189,6 +189,7 @@ def collect_fisher(
     wanted = {site.id for site in sites}
     generator = torch.Generator().manual_seed(seed)
     sums: dict[str, Tensor] = {}
+    counts = dict.fromkeys(wanted, 0)
     network = Fast(deepcopy(bridge))
     for start, chunk in batches(images, min(batch_of(images), trained_at_once(bridge))):
         chunk.requires_grad_(True)
@@ -210,10 +211,12 @@ def collect_fisher(
                 name, start, len(chunk), size, seed, draws=min(math.prod(size), FISHER_POSITIONS)
             )
             values = sample_values(gradient, rows, cols).float()
+            counts[name] += len(values)
             product = (values.T @ values).mul_(math.prod(size) / rows.shape[1])
             sums[name] = sums[name].add_(product) if name in sums else product
         advance(len(chunk))
-    return {name: (total / len(images)).double().numpy() for name, total in sums.items()}
+    means = {name: (total / len(images)).double().numpy() for name, total in sums.items()}
+    return {name: shrunk_to_few(mean[None], counts[name])[0] for name, mean in means.items()}
 
 
 @torch.no_grad()

@@ -105,7 +105,7 @@ def pareto(plans: Sequence[Mapping[str, Any]], sites: Sequence[Mapping[str, Any]
     ms, expected, drops = ([plan[name] for plan in plans] for name in ("ms", "expected", "drop"))
     axes.vlines(ms, expected, drops, colors=DENSE, linewidths=0.8)
     axes.scatter(ms, expected, marker="_", color=INK, label="expected")
-    for fit, marker in zip(FITS, "ovs", strict=True):
+    for fit, marker in zip(FITS, "o^vs", strict=True):
         own = [plan for plan in plans if plan["fit"] == fit]
         if own:
             axes.scatter([p["ms"] for p in own], [p["drop"] for p in own], marker=marker, color=TRIED, label=FITS[fit])
@@ -130,7 +130,7 @@ def agreement(plans: Sequence[Mapping[str, Any]]) -> str:
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     figure, axes = _figure(height=3.2)
-    for fit, marker in zip(FITS, "ovs", strict=True):
+    for fit, marker in zip(FITS, "o^vs", strict=True):
         own = [plan for plan in plans if plan["fit"] == fit and min(plan["predicted"], plan["damage"]) > 0]
         if own:
             predicted, damage = ([plan[name] for plan in own] for name in ("predicted", "damage"))

@@ -12,6 +12,7 @@ from tvm_lowrank.methods.chain import ConvSpec
 
 RIDGE = 1e-7  # relative to the mean eigenvalue
 SHRINKAGE = 1e-3  # likewise, for whitening that nothing repairs later: dead channels must not make factors blow up
+FEW = 4  # samples for each entry of a column, below which a covariance is shrunk: rank and error would be those of luck
 WIDEST = 8192  # inputs of an output whose covariance is made; that of VGG-16's first linear layer would take 5 GB
 
 
@@ -36,6 +37,11 @@ class Moments:
         if self.covariance.shape != (groups, size, size):
             raise ValueError(f"covariance {self.covariance.shape} does not fit mean {self.mean.shape}")
 
+    @classmethod
+    def of(cls, mean: np.ndarray, covariance: np.ndarray, count: int) -> Moments:
+        """Those of so many samples; of few, the covariance is `shrunk_to_few`."""
+        return cls(mean, shrunk_to_few(covariance, count))
+
     def between(self, matrices: np.ndarray) -> np.ndarray:
         """The covariance of the outputs of (g, N/g, D) matrices, (g, N/g, N/g)."""
         return matrices @ self.covariance @ matrices.transpose(0, 2, 1)
@@ -58,15 +64,13 @@ class SampledMoments:
     @classmethod
     def of(cls, columns: np.ndarray) -> SampledMoments:
         """Those of (g, n, D) columns."""
-        groups, count, size = columns.shape
+        _, count, size = columns.shape
         mean = columns.mean(axis=1, dtype=np.float64)
         centred = columns - mean[:, None].astype(np.float32)
         gram = centred @ centred.transpose(0, 2, 1) / count  # has the eigenvalues of the covariance
         trace = np.trace(gram, axis1=1, axis2=2).astype(np.float64)
         squares = np.sum(np.square(gram, dtype=np.float64), axis=(1, 2))
-        apart = (count + 1 - 2 / size) * (squares - trace**2 / size)
-        shrinkage = np.divide((1 - 2 / size) * squares + trace**2, apart, out=np.ones(groups), where=apart > 0)
-        return cls(mean, centred, np.clip(shrinkage, 0, 1))
+        return cls(mean, centred, shrinkage_of(count, size, trace, squares))
 
     def between(self, matrices: np.ndarray) -> np.ndarray:
         """The covariance of the outputs of (g, N/g, D) matrices, (g, N/g, N/g)."""
@@ -77,6 +81,23 @@ class SampledMoments:
         alike = variance[:, None, None] * (matrices @ matrices.transpose(0, 2, 1))
         share = self.shrinkage[:, None, None]
         return (1 - share) * seen + share * alike
+
+
+def shrinkage_of(count: int, size: int, trace: np.ndarray, squares: np.ndarray) -> np.ndarray:
+    """How much to shrink covariances (g,) of so many samples, by their traces and those of their squares (OAS)."""
+    apart = (count + 1 - 2 / size) * (squares - trace**2 / size)
+    whole = (1 - 2 / size) * squares + trace**2
+    return np.clip(np.divide(whole, apart, out=np.ones_like(trace), where=apart > 0), 0, 1)
+
+
+def shrunk_to_few(matrices: np.ndarray, count: int) -> np.ndarray:
+    """Second moments (g, D, D) of so many samples, shrunk as in `SampledMoments` if these are few."""
+    size = matrices.shape[1]
+    if count >= FEW * size:
+        return matrices
+    trace = np.trace(matrices, axis1=1, axis2=2)
+    share = shrinkage_of(count, size, trace, np.sum(matrices**2, axis=(1, 2)))[:, None, None]
+    return (1 - share) * matrices + share * trace[:, None, None] / size * np.eye(size)
 
 
 AnyMoments = Moments | SampledMoments

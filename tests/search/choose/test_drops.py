@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from tvm_lowrank.searching.choose.drops import POWER, RATE, SPREAD, UNSURE, Counted, Rate, limit_for
+from tvm_lowrank.searching.choose.drops import POWER, RATE, SPREAD, UNSURE, Counted, Rate, Recovery, limit_for
 
 
 def test_before_anything_was_counted() -> None:
@@ -88,3 +88,16 @@ def test_limits() -> None:
     assert limit_for(0.004, {0.01: 0.008}, least=1e-6, most=10.0) == pytest.approx(0.005, rel=1e-6)
     assert limit_for(1e-12, known, least=1e-6, most=10.0) == pytest.approx(1e-6)
     assert limit_for(1e6, known, least=1e-6, most=10.0) == pytest.approx(10.0)
+
+
+def test_recovery_is_learnt_from_each_network_once() -> None:
+    recovery = Recovery(0.5)
+    assert recovery.left == pytest.approx(0.5)
+    for _ in range(2):
+        recovery.learn("a", 0.04, 0.01)
+    assert recovery.left == pytest.approx(math.exp((math.log(0.5) / 4 + math.log(0.25)) / 1.25))
+    for number in range(50):
+        recovery.learn(str(number), 0.02, 0.016)
+    assert recovery.left == pytest.approx(0.8, rel=0.05)
+    recovery.learn("a", 0.0, 0.0)  # nothing was lost
+    assert recovery.left > 0

@@ -12,7 +12,7 @@ from tvm_lowrank.bridge.calibrate import collect_moments, predict
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.graph import find_sites
 from tvm_lowrank.importers.importer import import_model
-from tvm_lowrank.methods import METHODS, SampledMoments, decompose, moments
+from tvm_lowrank.methods import METHODS, Chain, SampledMoments, decompose, moments
 from tvm_lowrank.plan import Choice
 from tvm_lowrank.searching.candidates import candidates
 from tvm_lowrank.searching.fit.refit import refit
@@ -74,6 +74,28 @@ def test_dense_sites_are_left_alone(network: tuple[IRModule, np.ndarray, np.ndar
     targets = dense_outputs(TorchBridge(mod), sites, images[:50])
     chains = refit(mod, sites, {sites[2].id: Choice("channel", 8)}, images[:50], targets)
     assert list(chains) == [sites[2].id]
+
+
+def test_the_last_factors_alone(network: tuple[IRModule, np.ndarray, np.ndarray]) -> None:
+    """Chains keep their other factors, and come nearer to the dense network; only sites of the plan are asked for."""
+    mod, images, others = network
+    sites = {site.id: site for site in find_sites(mod)}
+    bridge = TorchBridge(mod)
+    targets = dense_outputs(bridge, list(sites.values()), images)
+    known = collect_moments(bridge, list(sites.values()), images)
+    plan = {name: Choice("channel", 4) for name in list(sites)[1:3]}
+
+    def start(name: str, choice: Choice) -> Chain:
+        assert choice == plan[name] and choice.rank is not None
+        return decompose(sites[name].weight, sites[name].spec, method="channel", rank=choice.rank, moments=known[name])
+
+    before = {name: start(name, choice) for name, choice in plan.items()}
+    after = refit(mod, list(sites.values()), plan, images, targets, start=start)
+    assert list(after) == list(plan)
+    for name, chain in after.items():
+        np.testing.assert_array_equal(chain.convs[0].weight, before[name].convs[0].weight)
+    lost = [error(mod, replace_sites(mod, chains), others) for chains in (after, before)]
+    assert lost[0] < lost[1]
 
 
 def test_linear_layers_however_wide(monkeypatch: pytest.MonkeyPatch) -> None:
