@@ -88,7 +88,7 @@ class Networks:
     Parameters
     ----------
     selection : images on which reconstructions are compared, float32 NCHW.
-    judge : a network on the selection split, by whose damage the best epoch is chosen.
+    judge : a network on the selection split, by whose damage the best epoch is chosen; needed for `training`.
     folder : where fitted networks and checkpoints are kept; needed for `training`.
     deadline : as `time.monotonic` counts; training that would not end before raises TimeUp.
     """
@@ -97,7 +97,7 @@ class Networks:
         self,
         sensitivity: Sensitivity,
         selection: Images,
-        judge: Callable[[TorchBridge], Judged],
+        judge: Callable[[TorchBridge], Judged] | None = None,
         *,
         folder: Path | None = None,
         training: Training | None = None,
@@ -207,7 +207,7 @@ class Networks:
     def _trained(self, plan: Plan, how: str, start: Callable[[], IRModule]) -> IRModule:
         def fit() -> IRModule:
             training, folder = self.training, self._folder
-            assert training is not None and folder is not None
+            assert training is not None and folder is not None and self._judge is not None
             bridge = TorchBridge(start())
             training.workers.of_first(plan.to_json)  # the others wait for it, in `follow`
             training.run(bridge, TorchBridge(self.mod), self._judge, folder, self._deadline)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import groupby
@@ -54,6 +54,7 @@ class Sensitivity:
     images : calibration images, float32 NCHW; ``sampled`` are those that gradients and the refit look at.
     methods, lanes : of the candidates; ranks are multiples of `lanes`.
     share : damage in nats that a site may take in a likely plan of all sites; probes are chosen around it.
+    examined : ids of the sites whose statistics are needed; None are those that have candidates.
     synthetic : the images stand in for data that there is not.
     folder : where what is known of the sites waits in files.
     """
@@ -63,9 +64,10 @@ class Sensitivity:
         mod: IRModule,
         images: Images,
         *,
-        methods: Sequence[str],
-        lanes: int,
-        share: float,
+        methods: Sequence[str] = (),
+        lanes: int = 1,
+        share: float = 0.01,
+        examined: Iterable[str] | None = None,
         synthetic: bool = False,
         seed: int = 0,
         folder: Path | None = None,
@@ -78,10 +80,11 @@ class Sensitivity:
         self.sampled = sampled(self._rest, sites)
         self._bridge = TorchBridge(mod)
         self._methods, self._lanes, self._synthetic = methods, lanes, synthetic
-        self._share = share
+        self._share, self._wanted = share, None if examined is None else set(examined)
         self.folder = folder
         self._kept: Shelf[Factors] = Shelf(folder)
         self._chains: Shelf[Chain] = Shelf(folder)  # of candidates that were decomposed by themselves
+        self._to_probe: Shelf[Chain] = Shelf(folder)  # likewise, but they depend on what was factorised beside them
 
     @cached_property
     def candidates(self) -> dict[str, list[Choice]]:
@@ -182,7 +185,7 @@ class Sensitivity:
             if unknown and enough():
                 continue
             if unknown:
-                chains = [self.chain(name, keys[key]) for key in unknown]
+                chains = [self._to_probe.get(key) or self.chain(name, keys[key]) for key in unknown]
                 for key, changed in zip(unknown, predict_each(self._bridge, images, name, chains), strict=True):
                     journal.record("probe", key, divergence(dense, changed))
             if keys:
@@ -193,7 +196,8 @@ class Sensitivity:
 
     @property
     def _examined(self) -> list[Site]:
-        return [site for site in self.sites.values() if self.candidates[site.id]]
+        wanted = {name for name, own in self.candidates.items() if own} if self._wanted is None else self._wanted
+        return [site for name, site in self.sites.items() if name in wanted]
 
     def _cut(self, name: str, choice: Choice, factors: Factors, moments: AnyMoments) -> Chain:
         assert choice.rank is not None
@@ -239,7 +243,7 @@ class Sensitivity:
             errors = interpolated(own, error) if METHODS[method].solves else {choice: error(choice) for choice in own}
             found.update({choice: value / 2 for choice, value in errors.items()})
         for choice in self._probes(name, found):
-            self._chains.put(f"{name} {choice}", self._cut(name, choice, factors[choice.method], moments))
+            self._to_probe.put(f"{name} {choice}", self._cut(name, choice, factors[choice.method], moments))
         for method, own_factors in factors.items():
             if METHODS[method].starts:
                 self._kept.put(f"{name} {method}", own_factors)

@@ -9,21 +9,15 @@ from typing import Any
 from tvm.ir import IRModule
 
 from tvm_lowrank import console
-from tvm_lowrank.bridge.calibrate import collect_fisher, collect_moments
-from tvm_lowrank.bridge.torch_bridge import TorchBridge
-from tvm_lowrank.data.synthetic import shrunk
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.graph import Site
-from tvm_lowrank.methods import METHODS, decompose
+from tvm_lowrank.methods import METHODS
 from tvm_lowrank.options import BundleOptions
 from tvm_lowrank.plan import Choice, Plan
+from tvm_lowrank.searching.choose.networks import Networks
+from tvm_lowrank.searching.choose.sensitivity import Sensitivity
 from tvm_lowrank.searching.commands.deliver import Delivery, deliver_plan
 from tvm_lowrank.searching.commands.inputs import Inputs, load, opened, synthetic_images
-from tvm_lowrank.searching.fit.reconstruct import affordable, reconstruct_if_better
-from tvm_lowrank.searching.fit.refit import refit
-from tvm_lowrank.searching.fit.samples import sampled
-from tvm_lowrank.searching.fit.targets import dense_outputs
-from tvm_lowrank.transform import replace_sites
 
 
 def apply_plan(asked: BundleOptions, given: Mapping[str, Choice] | Path | str, *, seed: int = 0) -> dict[str, Any]:
@@ -79,35 +73,16 @@ def check_plan(plan: Mapping[str, Choice], sites: list[Site], name: str) -> None
 
 
 def _network(inputs: Inputs, plan: Plan, *, seed: int, folder: Path) -> IRModule:
-    """What a dense module becomes under a plan; ``folder`` is where what is known of its sites may wait."""
-    mod, sites, splits = inputs.mod, inputs.sites, inputs.splits
-    chosen = [site for site in sites if plan.get(site.id, Choice()).rank is not None]
+    """What a search would deliver for a plan; ``folder`` is where what is known of its sites may wait."""
+    mod, splits = inputs.mod, inputs.splits
+    chosen = {name: choice for name, choice in plan.items() if choice.rank is not None}
     if not chosen:
         return mod
-    bridge = TorchBridge(mod)
     if splits is None:
         console.phase("no --data: synthetic images give the norm; the accuracy is not measured")
-        images = synthetic_images(mod, seed)
-        moments = {name: shrunk(found) for name, found in collect_moments(bridge, chosen, images, seed=seed).items()}
-        fisher = collect_fisher(bridge, chosen, images, seed=seed)
-        chains = {
-            site.id: decompose(
-                site.weight,
-                site.spec,
-                method=plan[site.id].method,
-                rank=plan[site.id].rank,  # type: ignore[arg-type]
-                moments=moments[site.id],
-                fisher=fisher[site.id],
-            )
-            for site in console.track(chosen, "decomposing")
-        }
-        return replace_sites(mod, chains)
-    seen = sampled(splits.calibration, sites)
-    targets = dense_outputs(bridge, chosen, seen, seed=seed, folder=folder)
-    fisher = collect_fisher(bridge, chosen, seen, seed=seed)
-    with console.progress("decomposing and refitting", len(sites)) as advance:
-        chains = refit(mod, sites, plan, seen, targets, fisher=fisher, seed=seed, folder=folder, advance=advance)
-    network = replace_sites(mod, chains)
-    if not affordable(mod, len(splits.calibration)):
-        return network
-    return reconstruct_if_better(mod, network, splits.calibration, splits.selection[0], seed=seed)
+    images = synthetic_images(mod, seed) if splits is None else splits.calibration
+    known = Sensitivity(mod, images, examined=chosen, synthetic=splits is None, seed=seed, folder=folder)
+    if splits is None:
+        return known.network(chosen)
+    networks = Networks(known, splits.selection[0])
+    return networks(Plan(chosen), networks.recovery)

@@ -25,10 +25,12 @@ from tvm_lowrank.data.images import Images
 from tvm_lowrank.graph import find_sites
 from tvm_lowrank.searching.damage import divergence
 from tvm_lowrank.searching.fit.muon import Muon
+from tvm_lowrank.searching.fit.samples import evenly
 from tvm_lowrank.searching.fit.training import Learner, imitation, parameter_groups, ramp, watched
 
 PASSES = 12  # over the images
 MOST_WORK = 4e13  # multiply-accumulates of a reconstruction, a few minutes; larger networks get none
+ENOUGH = 1000  # images
 BATCH = 50
 RATE = 0.006  # of Muon in so many passes; fewer of them would not calm down from such large steps
 WARM_UP = 0.1
@@ -109,8 +111,9 @@ def reconstruct_if_better(
 ) -> IRModule:
     """The reconstruction of a network, or the network itself: which is nearer to the dense one on other images.
 
-    The arguments are those of `reconstruct`.
+    The arguments are those of `reconstruct`; of more images than take `MOST_WORK` some are left out.
     """
+    images = evenly(images, max(ENOUGH, int(MOST_WORK / _work(dense))))
     with console.progress("reconstructing", PASSES * len(images)) as advance:
         found = reconstruct(dense, network, images, limit=limit, seed=seed, check=check, advance=advance)
     wanted = predict(TorchBridge(dense), others)
@@ -118,11 +121,16 @@ def reconstruct_if_better(
 
 
 def affordable(mod: IRModule, images: int) -> bool:
-    """Whether the reconstruction of a network on so many images is no more than `MOST_WORK`.
+    """Whether the reconstruction of a network on so many images, or on `ENOUGH` of them, is no more than `MOST_WORK`.
 
     In fewer passes it is worth nothing: three took a ResNet-50 from 0.028 nats to 0.046.
     """
-    return 4 * sum(site.macs for site in find_sites(mod)) * images * PASSES <= MOST_WORK
+    return _work(mod) * min(images, ENOUGH) <= MOST_WORK
+
+
+def _work(mod: IRModule) -> int:
+    """Multiply-accumulates for one image, in all passes: forward, backward, and the dense network's."""
+    return 4 * PASSES * sum(site.macs for site in find_sites(mod))
 
 
 def varied(images: Tensor, generator: torch.Generator) -> Tensor:
