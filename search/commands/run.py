@@ -81,6 +81,7 @@ def _search(asked: SearchOptions, inputs: Inputs, start: float) -> dict[str, Any
     if journal.get("run", finished) and ended.is_file():
         console.phase(f"the search in {asked.folder} had ended; nothing is repeated")
         journal.close()
+        shutil.rmtree(asked.folder / FITTED, ignore_errors=True)  # it may have been killed before it did so
         return json.loads(ended.read_text()) if asked.frontier else read_manifest(asked.folder)
     if journal.dropped:
         console.warn(f"the last line of {journal.path} was torn and is dropped; its measurement is repeated")
