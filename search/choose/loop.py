@@ -91,6 +91,11 @@ class Evaluated(Placed):
     fit: Fit
 
     @property
+    def placed(self) -> Placed:
+        """The plan, as it was before it was evaluated in this way."""
+        return Placed(self.plan, self.limit, self.predicted, self.ms)
+
+    @property
     def finetuned(self) -> bool:
         return self.fit == "finetuned"
 
@@ -432,10 +437,10 @@ class Search:
             result = evaluate(self.placed(limit))
             learn(result)
             inside = [own for own in tried if self._foreseen_drop(own) <= self._budget]
-            drop, near = self._foreseen_drop(result), result.fit == "decomposed"
-            verdict = f"expected {drop:+.2f}" + " when it is recovered" * near
-            verdict += ", kept" if result in inside else ", over budget"
-            console.tried(self.dense_ms / result.ms, result.drop, verdict)
+            foreseen = " when it is recovered" if result.fit == "decomposed" else ""
+            verdict = "kept" if result in inside else "over budget"
+            said = f"expected {self._foreseen_drop(result):+.2f}{foreseen}, {verdict}"
+            console.tried(self.dense_ms / result.ms, result.drop, said)
             if result in inside and self.is_fastest(result):
                 break
             if any(own.fit != "decomposed" and self.expected_drop(own) >= NEAR * self._budget for own in inside):
@@ -450,7 +455,7 @@ class Search:
                 break
             if own.fit == "decomposed" and self._foreseen_drop(own) <= self._budget:
                 self.check_time()
-                learn(self.evaluate(Placed(own.plan, own.limit, own.predicted, own.ms), self.networks.recovery))
+                learn(self.evaluate(own.placed, self.networks.recovery))
 
     def _next_limit(self, tried: Sequence[Evaluated], inside: Sequence[Evaluated]) -> float:
         """Where the budget is expected to be nearly spent, by the plans that were tried, of which some are `inside`.

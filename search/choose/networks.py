@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -119,7 +120,7 @@ class Networks:
         """The best that can be done."""
         return self.recovery if self.training is None else "finetuned"
 
-    @property
+    @cached_property
     def recovery(self) -> Fit:
         """The best that can be done without labels."""
         return "reconstructed" if affordable(self.mod, len(self._known.images)) else "refitted"

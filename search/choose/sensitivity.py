@@ -15,12 +15,7 @@ from threadpoolctl import threadpool_limits
 from tvm.ir import IRModule
 
 from tvm_lowrank import console
-from tvm_lowrank.bridge.calibrate import (
-    collect_fisher,
-    each_moments,
-    predict,
-    predict_each,
-)
+from tvm_lowrank.bridge.calibrate import collect_fisher, each_moments, predict, predict_each
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.data.images import Images
 from tvm_lowrank.data.synthetic import shrunk
@@ -93,7 +88,7 @@ class Sensitivity:
 
     @cached_property
     def moments(self) -> Shelf[AnyMoments]:
-        """Input statistics of the sites that have candidates, in the dense network."""
+        """Input statistics of the examined sites, in the dense network."""
         return self._collected_moments()
 
     def _collected_moments(self) -> Shelf[AnyMoments]:
@@ -107,7 +102,7 @@ class Sensitivity:
 
     @cached_property
     def fisher(self) -> dict[str, np.ndarray]:
-        """Fisher information of the outputs of the sites that have candidates, in the dense network."""
+        """Fisher information of the outputs of the examined sites, in the dense network."""
         with console.progress("weighing errors", len(self.sampled)) as advance:
             found = collect_fisher(self._bridge, self._examined, self.sampled, seed=self.seed, advance=advance)
         give_back()
@@ -115,7 +110,7 @@ class Sensitivity:
 
     @cached_property
     def targets(self) -> Targets:
-        """What the dense network computes at every site with candidates, for the refit."""
+        """What the dense network computes at every examined site, for the refit."""
         with console.progress("targets of the refit", len(self.sampled)) as advance:
             return dense_outputs(
                 self._bridge, self._examined, self.sampled, seed=self.seed, folder=self.folder, advance=advance
@@ -190,6 +185,7 @@ class Sensitivity:
                     journal.record("probe", key, divergence(dense, changed))
             if keys:
                 found[name] = {own[choice]: journal.get("probe", key) for key, choice in keys.items()}
+        self._to_probe = Shelf(self.folder)  # they are not needed any more
         usual = DamageCurve.mean(found.values())
         curves = {name: DamageCurve.through(found[name]) if name in found else usual for name in predicted}
         return {name: {choice: curves[name](value) for choice, value in own.items()} for name, own in predicted.items()}

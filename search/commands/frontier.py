@@ -24,7 +24,7 @@ from tvm_lowrank.bundle.report import REPORT
 from tvm_lowrank.errors import TimeUp
 from tvm_lowrank.files import copy, write_text
 from tvm_lowrank.plan import Plan
-from tvm_lowrank.searching.choose.loop import FIRST_LIMIT, LEAST_LIMIT, MOST_LIMIT, Evaluated, Placed, Search
+from tvm_lowrank.searching.choose.loop import FIRST_LIMIT, LEAST_LIMIT, MOST_LIMIT, Evaluated, Search
 from tvm_lowrank.searching.commands.deliver import (
     ROUNDS,
     Delivery,
@@ -89,7 +89,7 @@ def explore(search: Search) -> list[Evaluated]:
             found = _chosen(search, found)
             for place, e in enumerate(found):
                 search.check_time()
-                found[place] = search.evaluate(Placed(e.plan, e.limit, e.predicted, e.ms), "finetuned")
+                found[place] = search.evaluate(e.placed, "finetuned")
     except TimeUp:
         console.warn("the time limit ends the search early; the plans so far are delivered")
     return _chosen(search, found)

@@ -16,12 +16,12 @@ def evenly(images: Images, count: int) -> Images:
     """So many of the images, evenly spaced, for they may be sorted; all of them if they are no more."""
     if count >= len(images):
         return images
-    return part(images, np.linspace(0, len(images) - 1, count).round().astype(int))
+    return part(images, _numbers(images, count))
 
 
 def apart(images: Images, count: int) -> tuple[Images, Images]:
     """So many of the images, evenly spaced, and the others; of a single image both are this one."""
-    taken = np.linspace(0, len(images) - 1, count).round().astype(int)
+    taken = _numbers(images, count)
     rest = np.setdiff1d(np.arange(len(images)), taken)
     return part(images, taken), part(images, rest) if len(rest) else images
 
@@ -30,3 +30,8 @@ def sampled(images: Images, sites: Sequence[Site]) -> Images:
     """The images that gradients and the refit look at: fewer of them for large networks."""
     macs = sum(site.macs for site in sites)
     return evenly(images, max(FEWEST, int(MACS / max(1, macs))))
+
+
+def _numbers(images: Images, count: int) -> np.ndarray:
+    """Of so many images, evenly spaced: (count,)."""
+    return np.linspace(0, len(images) - 1, count).round().astype(int)
