@@ -31,11 +31,12 @@ import numpy as np
 from tvm.ir import IRModule
 
 from tvm_lowrank.methods import Chain, Factors, Moments, decompose, factorise
+from tvm_lowrank.methods.moments import white
 from tvm_lowrank.options import DEFAULT_METHODS, SearchOptions
 from tvm_lowrank.plan import Choice, Plan
 from tvm_lowrank.quantities import input_shape, points
 from tvm_lowrank.searching.candidates import site_macs
-from tvm_lowrank.searching.choose import loop, sensitivity
+from tvm_lowrank.searching.choose import search, sensitivity
 from tvm_lowrank.searching.choose.networks import Networks
 from tvm_lowrank.searching.choose.sensitivity import Sensitivity
 from tvm_lowrank.searching.commands import run
@@ -63,19 +64,12 @@ class Unwhitened(Sensitivity):
 
     @cached_property
     def moments(self) -> dict[str, Moments]:
-        return {name: _white(found) for name, found in Sensitivity.moments.func(self).items()}  # type: ignore[attr-defined]
+        return {name: found.white() for name, found in Sensitivity.moments.func(self).items()}  # type: ignore[attr-defined]
 
     @cached_property
     def fisher(self) -> dict[str, np.ndarray]:
         found = Sensitivity.fisher.func(self)  # type: ignore[attr-defined]
-        return {name: np.eye(len(matrix)) * np.trace(matrix) / len(matrix) for name, matrix in found.items()}
-
-
-def _white(moments: Moments) -> Moments:
-    """The same mean and total variance, without directions."""
-    groups, size, _ = moments.covariance.shape
-    variance = np.trace(moments.covariance, axis1=1, axis2=2)[:, None, None] / size
-    return Moments(moments.mean, variance * np.broadcast_to(np.eye(size), (groups, size, size)))
+        return {name: white(matrix[None])[0] for name, matrix in found.items()}
 
 
 def of_weights(weight: np.ndarray, spec: Any, *, method: str, rank: Any, **_: Any) -> Chain:
@@ -116,13 +110,13 @@ def patches(variant: str) -> list[Any]:
         return [patch.object(run, "SiteTimes", MacTimes)]
     if variant == "no_whitening":
         return [
-            patch.object(loop, "Sensitivity", Unwhitened),
+            patch.object(search, "Sensitivity", Unwhitened),
             patch("tvm_lowrank.searching.fit.refit.decompose", of_weights),
         ]
     if variant == "refit":
-        return [patch.object(loop, "Networks", Refitted)]
+        return [patch.object(search, "Networks", Refitted)]
     if variant == "no_reconstruct":
-        return [patch.object(loop, "Networks", Unreconstructed)]
+        return [patch.object(search, "Networks", Unreconstructed)]
     return []
 
 

@@ -38,7 +38,7 @@ from tvm_lowrank import api, console  # noqa: E402
 from tvm_lowrank.data.synthetic import dead_leaves  # noqa: E402
 from tvm_lowrank.options import DEFAULT_METHODS  # noqa: E402
 from tvm_lowrank.quantities import channels, names, seconds  # noqa: E402
-from tvm_lowrank.searching.choose import loop, networks, sensitivity  # noqa: E402
+from tvm_lowrank.searching.choose import networks, search, sensitivity  # noqa: E402
 from tvm_lowrank.searching.commands import deliver, inputs  # noqa: E402
 from tvm_lowrank.searching.latency import oracle, times  # noqa: E402
 
@@ -117,7 +117,7 @@ def watched() -> list[tuple[str, Any, str]]:
         ("targets of the refit (one pass)", sensitivity, "dense_outputs"),
         ("plans refitted", networks, "refit"),
         ("plans reconstructed", networks, "reconstruct_if_better"),
-        ("allocations (integer programs)", loop, "allocate"),
+        ("allocations (integer programs)", search, "allocate"),
         ("whole networks lowered", times.SiteTimes, "_network"),
         ("kernels tuned", oracle.LatencyOracle, "_tune"),
         ("libraries built and checked", deliver, "build_library"),

@@ -15,7 +15,7 @@ from tvm_lowrank.errors import UserError
 
 T = TypeVar("T")
 JOURNAL = "journal.jsonl"  # its name in the folder of a search
-FORMAT = 2  # raised when the values of a kind get another form
+FORMAT = 3  # raised when the values of a kind get another form
 
 
 class Journal:

@@ -1,1 +1,1 @@
-"""Which plan? The entry point is `loop.Search`: damages and times in, evaluated plans out."""
+"""Which plan? What is known is a `search.Search`, and `loop` walks over its plans to those that keep the budget."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from tvm_lowrank.plan import Choice, Plan
 from tvm_lowrank.searching.choose.allocate import Option
-from tvm_lowrank.searching.choose.loop import FIRST_LIMIT, Search
+from tvm_lowrank.searching.choose.search import FIRST_LIMIT, Search
 
 PRICES = np.geomspace(1e-3, 1e7, 201)  # ms for a nat
 

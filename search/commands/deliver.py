@@ -28,8 +28,9 @@ from tvm_lowrank.graph import Site, find_sites
 from tvm_lowrank.options import BundleOptions
 from tvm_lowrank.plan import Choice, Plan
 from tvm_lowrank.searching.candidates import site_macs, skipped
-from tvm_lowrank.searching.choose.loop import Evaluated, Search
+from tvm_lowrank.searching.choose.loop import milder
 from tvm_lowrank.searching.choose.offers import offers
+from tvm_lowrank.searching.choose.search import Evaluated, Search
 from tvm_lowrank.searching.commands.inputs import Inputs, image_shape
 from tvm_lowrank.searching.latency.oracle import LatencyOracle
 from tvm_lowrank.searching.latency.times import SiteTimes
@@ -201,7 +202,7 @@ def _libraries(
             f"{drop:+.2f} points of drop on the evaluation split ({interval[0]:+.2f} to {interval[1]:+.2f}); "
             "trying a milder plan"
         )
-        candidate = search.milder(candidate, kept)
+        candidate = milder(search, candidate, kept)
 
     if not chosen:
         copy(out / "dense.so", out / "model.so")

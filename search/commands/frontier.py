@@ -24,7 +24,8 @@ from tvm_lowrank.bundle.report import REPORT
 from tvm_lowrank.errors import TimeUp
 from tvm_lowrank.files import copy, write_text
 from tvm_lowrank.plan import Plan
-from tvm_lowrank.searching.choose.loop import FIRST_LIMIT, LEAST_LIMIT, MOST_LIMIT, Evaluated, Search
+from tvm_lowrank.searching.choose.loop import LEAST_LIMIT, MOST_LIMIT
+from tvm_lowrank.searching.choose.search import FIRST_LIMIT, Evaluated, Search
 from tvm_lowrank.searching.commands.deliver import (
     ROUNDS,
     Delivery,
@@ -162,7 +163,7 @@ def _measured(
     search: Search, chosen: Sequence[Evaluated], oracle: LatencyOracle, delivery: Delivery
 ) -> tuple[Point, list[Point]]:
     """The dense network, and the plans that keep their place once their libraries are measured."""
-    networks = {"dense.so": Evaluated(Plan(), 0.0, 0.0, search.dense_ms, 0.0, 0.0, 0.0, "decomposed")}
+    networks = {"dense.so": Evaluated(Plan(), 0.0, 0.0, search.dense_ms, 0.0, 0.0, 0.0, 0.0, 0.0, "decomposed")}
     networks.update({f"plan{number}.so": evaluated for number, evaluated in enumerate(chosen, 1)})
     libraries = {}
     for name, evaluated in networks.items():

@@ -23,8 +23,9 @@ from tvm_lowrank.errors import UserError
 from tvm_lowrank.graph import constants
 from tvm_lowrank.options import SearchOptions
 from tvm_lowrank.plan import Plan
-from tvm_lowrank.searching.choose.loop import Search, Settings
+from tvm_lowrank.searching.choose import loop
 from tvm_lowrank.searching.choose.networks import dismiss, follow
+from tvm_lowrank.searching.choose.search import Search, Settings
 from tvm_lowrank.searching.commands.deliver import Delivery, deliver, deliver_plan, dense_latency, reason
 from tvm_lowrank.searching.commands.frontier import FRONTIER, clear, deliver_frontier
 from tvm_lowrank.searching.commands.inputs import (
@@ -131,12 +132,12 @@ def _delivered(
         return deliver_frontier(finder, oracle, delivery)
     if inputs.splits is None:
         return _without_data(finder, oracle, delivery)
-    return deliver(finder, finder.run(), oracle, delivery)
+    return deliver(finder, loop.run(finder), oracle, delivery)
 
 
 def _without_data(finder: Search, oracle: LatencyOracle, delivery: Delivery) -> dict[str, Any]:
     """Find, build and write a plan of a predicted damage."""
-    plan, predicted = finder.unseen()
+    plan, predicted = loop.unseen(finder)
     console.warn(f"without --data the accuracy is not measured; predicted damage: {predicted:.4f} nats an image")
 
     def delivered(plan: Plan, predicted: float) -> dict[str, Any]:

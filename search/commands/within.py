@@ -19,7 +19,7 @@ from tvm_lowrank import console
 from tvm_lowrank.errors import TimeUp, UserError
 from tvm_lowrank.graph import Site
 from tvm_lowrank.plan import Choice, Plan
-from tvm_lowrank.searching.choose.loop import Search, plan_of
+from tvm_lowrank.searching.choose.search import Search, plan_of
 from tvm_lowrank.searching.commands.deliver import (
     Delivery,
     Library,

@@ -179,7 +179,8 @@ def collect_fisher(
     """Fisher information of the outputs of each site, (N, N): per image, summed over output positions.
 
     Class scores (n, classes) are taken as logits, and the classes are drawn from the network's own probabilities: no
-    labels are used. Any other output counts as the mean of a Gaussian of variance 1.
+    labels are used. For a site that makes these scores nothing is drawn: the information of p is diag(p) - p p^T. Any
+    other output counts as the mean of a Gaussian of variance 1.
 
     Parameters
     ----------
@@ -200,12 +201,20 @@ def collect_fisher(
                 outputs[name] = output
 
         answer = network(chunk, tap=tap)
+        of_answer = None  # the gradient of the loss in the class scores
         if answer.dim() == 2:
-            classes = torch.multinomial(answer.detach().softmax(dim=1), 1, generator=generator)[:, 0]
+            p = answer.detach().softmax(dim=1)
+            classes = torch.multinomial(p, 1, generator=generator)[:, 0]
             loss = F.cross_entropy(answer, classes, reduction="sum")
+            of_answer = p - F.one_hot(classes, p.shape[1])
         else:
             loss = (answer * torch.randn(answer.shape, generator=generator)).sum()
         for name, gradient in zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True):
+            if of_answer is not None and _same(gradient, of_answer):
+                counts[name] += p.numel()
+                product = torch.diag(p.sum(dim=0)) - p.T @ p
+                sums[name] = sums[name].add_(product) if name in sums else product
+                continue
             size = (gradient.shape[2], gradient.shape[3])
             rows, cols = sample_positions(
                 name, start, len(chunk), size, seed, draws=min(math.prod(size), FISHER_POSITIONS)
@@ -217,6 +226,14 @@ def collect_fisher(
         advance(len(chunk))
     means = {name: (total / len(images)).double().numpy() for name, total in sums.items()}
     return {name: shrunk_to_few(mean[None], counts[name])[0] for name, mean in means.items()}
+
+
+def _same(gradient: Tensor, of_answer: Tensor) -> bool:
+    """Whether a site's gradient (n, N, H, W) is that of the answer, (n, N), to the precision of bfloat16."""
+    near = 2 * torch.finfo(torch.bfloat16).eps
+    return gradient.shape == (*of_answer.shape, 1, 1) and torch.allclose(
+        gradient.flatten(1).float(), of_answer, rtol=near, atol=near**2
+    )
 
 
 @torch.no_grad()

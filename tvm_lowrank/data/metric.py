@@ -17,6 +17,7 @@ from tvm_lowrank.data.images import Images
 from tvm_lowrank.data.reference import absolute, is_reference, load_object, summary
 from tvm_lowrank.errors import UserError
 
+INTERVAL = 2 * NormalDist().inv_cdf(0.975)  # length of a 95 % interval, in standard errors
 ScoreFunction = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 

@@ -42,6 +42,10 @@ class Moments:
         """Those of so many samples; of few, the covariance is `shrunk_to_few`."""
         return cls(mean, shrunk_to_few(covariance, count))
 
+    def white(self) -> Moments:
+        """The same mean and total variance, without directions."""
+        return Moments(self.mean, white(self.covariance))
+
     def between(self, matrices: np.ndarray) -> np.ndarray:
         """The covariance of the outputs of (g, N/g, D) matrices, (g, N/g, N/g)."""
         return matrices @ self.covariance @ matrices.transpose(0, 2, 1)
@@ -72,6 +76,10 @@ class SampledMoments:
         squares = np.sum(np.square(gram, dtype=np.float64), axis=(1, 2))
         return cls(mean, centred, shrinkage_of(count, size, trace, squares))
 
+    def white(self) -> SampledMoments:
+        """The same mean and total variance, without directions."""
+        return SampledMoments(self.mean, self.samples, np.ones_like(self.shrinkage))
+
     def between(self, matrices: np.ndarray) -> np.ndarray:
         """The covariance of the outputs of (g, N/g, D) matrices, (g, N/g, N/g)."""
         _, count, size = self.samples.shape
@@ -97,7 +105,13 @@ def shrunk_to_few(matrices: np.ndarray, count: int) -> np.ndarray:
         return matrices
     trace = np.trace(matrices, axis1=1, axis2=2)
     share = shrinkage_of(count, size, trace, np.sum(matrices**2, axis=(1, 2)))[:, None, None]
-    return (1 - share) * matrices + share * trace[:, None, None] / size * np.eye(size)
+    return (1 - share) * matrices + share * white(matrices)
+
+
+def white(matrices: np.ndarray) -> np.ndarray:
+    """Multiples of the identity with the traces of (g, D, D)."""
+    size = matrices.shape[1]
+    return np.trace(matrices, axis1=1, axis2=2)[:, None, None] / size * np.eye(size)
 
 
 AnyMoments = Moments | SampledMoments

@@ -10,8 +10,8 @@ import pytest
 
 from tvm_lowrank.plan import Choice, Plan
 from tvm_lowrank.searching.choose.allocate import Option, allocate
-from tvm_lowrank.searching.choose.loop import Search, plan_of
 from tvm_lowrank.searching.choose.offers import offers, price_of
+from tvm_lowrank.searching.choose.search import Search, plan_of
 
 SITES, METHODS, RANKS = 6, ("channel", "spatial", "cp3"), (8, 16, 24, 32)
 
