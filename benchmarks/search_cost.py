@@ -110,7 +110,7 @@ def watched() -> list[tuple[str, Any, str]]:
     return [
         ("importing the network", inputs, "import_model"),
         ("input statistics (one pass over the images)", sensitivity.Sensitivity, "_collected_moments"),
-        ("Fisher information (one pass, with gradients)", sensitivity, "collect_fisher"),
+        ("Fisher information (one pass, with gradients)", sensitivity.Sensitivity, "_collected_fisher"),
         ("damage of sites predicted (factorisations)", sensitivity.Sensitivity, "_predicted"),
         ("sites probed", sensitivity, "predict_each"),
         ("plans decomposed", sensitivity.Sensitivity, "network"),

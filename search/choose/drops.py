@@ -21,7 +21,7 @@ from tvm_lowrank.searching.damage import DamageCurve
 # ResNet-50 on photographs: 7 to 11
 POWER = 0.8
 RATE = 20.0
-UNSURE = 0.6  # standard deviation of the rate's logarithm between networks
+UNSURE = 1.0  # standard deviation of the rate's logarithm: with labels that are the dense answers rates are 50 to 100
 SPREAD = 0.07  # of the points of a damage: standard deviation of what networks of this damage lose
 
 

@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 from tvm.ir import IRModule
 
 from tvm_lowrank import console
-from tvm_lowrank.bridge.calibrate import collect_fisher, each_moments, predict, predict_each
+from tvm_lowrank.bridge.calibrate import each_fisher, each_moments, predict, predict_each
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.data.images import Images
 from tvm_lowrank.data.synthetic import shrunk
@@ -101,12 +101,17 @@ class Sensitivity:
         return shelf
 
     @cached_property
-    def fisher(self) -> dict[str, np.ndarray]:
+    def fisher(self) -> Shelf[np.ndarray]:
         """Fisher information of the outputs of the examined sites, in the dense network."""
+        return self._collected_fisher()
+
+    def _collected_fisher(self) -> Shelf[np.ndarray]:
+        shelf: Shelf[np.ndarray] = Shelf(self.folder)
         with console.progress("weighing errors", len(self.sampled)) as advance:
-            found = collect_fisher(self._bridge, self._examined, self.sampled, seed=self.seed, advance=advance)
+            for name, own in each_fisher(self._bridge, self._examined, self.sampled, seed=self.seed, advance=advance):
+                shelf.put(name, own)
         give_back()
-        return found
+        return shelf
 
     @cached_property
     def targets(self) -> Targets:

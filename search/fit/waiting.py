@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import io
 import pickle
 import shutil
 import tempfile
@@ -22,7 +23,7 @@ from tvm_lowrank.errors import UserError
 
 T = TypeVar("T")
 PREFIX = ".waiting-"  # of the folders' names; one that was left behind by a process that was killed may be removed
-IN_MEMORY = 2**28  # bytes; what is more is in files
+IN_MEMORY = 2**26  # bytes of a shelf; what is more is in files
 
 
 class Scratch:
@@ -101,7 +102,8 @@ class Shelf(Mapping[str, T], Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         kept = self._kept[name]
-        return pickle.loads(kept if isinstance(kept, bytes) else kept.read_bytes())
+        with io.BytesIO(kept) if isinstance(kept, bytes) else kept.open("rb") as file:
+            return pickle.load(file)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._kept)

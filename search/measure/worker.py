@@ -148,6 +148,8 @@ def one_line(error: BaseException) -> str:
 
 def serve(session: object) -> None:
     """Answer requests, each the name of a method and its arguments, until the other side is gone."""
+    # TVM imports PyTorch where it is installed, which takes 200 MB and a second; no request needs it
+    sys.modules["torch"] = None  # type: ignore[assignment]
     # Ctrl-C reaches this process too, but the other side decides what becomes of it
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # whatever a library prints must not end up between the messages

@@ -187,6 +187,18 @@ def collect_fisher(
     images : float32 NCHW.
     advance : called with the number of images done after each batch.
     """
+    return dict(each_fisher(bridge, sites, images, seed=seed, advance=advance))
+
+
+def each_fisher(
+    bridge: TorchBridge,
+    sites: Sequence[Site],
+    images: Images,
+    *,
+    seed: int = 0,
+    advance: Callable[[int], object] = lambda done: None,
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The information of `collect_fisher`, each with its site: that of all sites need not be in memory together."""
     wanted = {site.id for site in sites}
     generator = torch.Generator().manual_seed(seed)
     sums: dict[str, Tensor] = {}
@@ -224,8 +236,9 @@ def collect_fisher(
             product = (values.T @ values).mul_(math.prod(size) / rows.shape[1])
             sums[name] = sums[name].add_(product) if name in sums else product
         advance(len(chunk))
-    means = {name: (total / len(images)).double().numpy() for name, total in sums.items()}
-    return {name: shrunk_to_few(mean[None], counts[name])[0] for name, mean in means.items()}
+    for name in list(sums):
+        mean = (sums.pop(name) / len(images)).double().numpy()
+        yield name, shrunk_to_few(mean[None], counts[name])[0]
 
 
 def _same(gradient: Tensor, of_answer: Tensor) -> bool:
