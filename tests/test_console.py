@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import re
+import time
 
 import pytest
 from rich.console import Console
@@ -63,6 +65,25 @@ def test_plans_are_lines_or_a_table_above_the_bars(
     with console.search_view("again"):
         pass
     assert "3.00x" not in screen.getvalue()[len(shown) :], "the next search begins anew"
+
+
+def test_how_long_it_takes_is_a_line_or_a_clock(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with console.search_view("searching"):
+        console.expect(25 * 60)
+    assert re.fullmatch(r"about 25 min left, until \d\d:\d\d\n", capsys.readouterr().err)
+    screen = io.StringIO()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(
+        console, "messages", Console(file=screen, force_terminal=True, force_interactive=True, width=100)
+    )
+    with console.search_view("searching"), console.progress("inner", 2):
+        console.expect(1000)
+        time.sleep(1)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    assert re.search(r"searching.*left 0:16:\d\d", shown), "the clock runs"
+    assert re.search(r"inner.*left -:--:--", shown), "it moves nothing else"
 
 
 def test_tables_keep_brackets_and_width(capsys: pytest.CaptureFixture[str]) -> None:

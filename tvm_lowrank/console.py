@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime, timedelta
 from typing import Protocol, TypeVar
 
 from rich import box
@@ -16,6 +17,7 @@ from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     Progress,
+    Task,
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
@@ -50,10 +52,35 @@ def tried(speedup: float, drop: float, verdict: str) -> None:
         phase(f"plan {len(_plans)}: convolutions {speedup:.2f}x faster, selection drop {drop:+.2f} points, {verdict}")
 
 
+def expect(seconds: float) -> None:
+    """Say how long what `search_view` shows is expected to take from now on; it may be said again."""
+    if _live is None:
+        end = datetime.now() + timedelta(seconds=seconds)
+        phase(f"about {max(1, round(seconds / 60))} min left, until {end:%H:%M}")
+        return
+    for outermost in _live.tasks[:1]:
+        elapsed = outermost.elapsed or 0.0
+        if outermost.fields["clock"]:
+            _live.update(outermost.id, total=elapsed + seconds, completed=elapsed)
+
+
+class _Left(TimeRemainingColumn):
+    """The time left by the speed so far; of a clock, until its end."""
+
+    def render(self, task: Task) -> Text:
+        if not task.fields["clock"] or task.total is None:
+            return super().render(task)
+        seconds = round(max(0.0, task.total - (task.elapsed or 0.0)))
+        return Text(str(timedelta(seconds=seconds)), style="progress.remaining")
+
+
 class _View(Progress):
-    """The plans so far, the fastest first, above the bars."""
+    """The plans so far, the fastest first, above the bars; the outermost bar, if its end is expected, is a clock."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
+        for outermost in self.tasks[:1]:
+            if outermost.total is not None and outermost.fields["clock"]:
+                self.update(outermost.id, completed=min(outermost.elapsed or 0.0, outermost.total))
         if _plans:
             rows = [(f"{speedup:.2f}x", f"{drop:+.2f}", verdict) for speedup, drop, verdict in sorted(_plans)[::-1]]
             yield _shown("plans so far", ("convolutions faster", "selection drop", ""), rows)
@@ -65,7 +92,7 @@ def search_view(description: str) -> Iterator[None]:
     """Show the plans that are `tried` in this block, and how long it has been running, as long as it runs."""
     _plans.clear()
     try:
-        with progress(description):
+        with progress(description, clock=True):
             yield
     finally:
         _plans.clear()
@@ -93,11 +120,11 @@ def error(text: str) -> None:
 
 
 @contextmanager
-def progress(description: str, total: float | None = None) -> Iterator[Advance]:
+def progress(description: str, total: float | None = None, *, clock: bool = False) -> Iterator[Advance]:
     """A progress bar with the time left; yields the function that advances it.
 
     Bars may be nested: each has its own line, and goes away when its block ends. ``total`` None means that the amount
-    of work is not known.
+    of work is not known. With ``clock`` the time that passes moves it, once there is something to `expect`.
     """
     global _live
     if not messages.is_interactive:
@@ -110,14 +137,14 @@ def progress(description: str, total: float | None = None) -> Iterator[Advance]:
         TaskProgressColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
-        TimeRemainingColumn(),
+        _Left(),
         console=messages,
         transient=True,
     )
     if outermost:
         _live = bars
         bars.start()
-    task = bars.add_task(description, total=total)
+    task = bars.add_task(description, total=total, clock=clock)
 
     def advance(units: float = 1, /, *, description: str | None = None) -> None:
         bars.update(task, advance=units, description=description)

@@ -30,11 +30,21 @@ from tvm_lowrank.graph import find_sites
 from tvm_lowrank.plan import DENSE, Choice, Plan
 from tvm_lowrank.searching.choose.allocate import Option, allocate
 from tvm_lowrank.searching.choose.drops import LEFT, POWER, Counted, Rate, Recovery
+from tvm_lowrank.searching.choose.forecast import (
+    DAMAGE,
+    KERNELS,
+    PLANS,
+    Counts,
+    left,
+    needs,
+    seconds_of_an_image,
+)
 from tvm_lowrank.searching.choose.likely import Likely
 from tvm_lowrank.searching.choose.networks import Fit, Networks, Training
 from tvm_lowrank.searching.choose.sensitivity import Sensitivity
 from tvm_lowrank.searching.damage import divergence
 from tvm_lowrank.searching.fit.finetune import Judged
+from tvm_lowrank.searching.fit.reconstruct import forward_passes
 from tvm_lowrank.searching.journal import Journal
 from tvm_lowrank.searching.latency.times import SiteTimes
 
@@ -170,7 +180,7 @@ class Search:
 
     def probe(self) -> None:
         """Find the damage of every candidate."""
-        with console.timed(self.seconds, "predicting damage"):
+        with console.timed(self.seconds, DAMAGE):
             enough = partial(self._late, PROBING_ENDS)
             self.damage = self.sensitivity.probe(self.journal, self.check_time, enough)
 
@@ -188,7 +198,7 @@ class Search:
         }
 
     def _time(self, wanted: list[tuple[str, Choice]], check: Callable[[], None] | None = None) -> None:
-        with console.timed(self.seconds, "tuning kernels"):
+        with console.timed(self.seconds, KERNELS):
             self.times.measure(wanted, check=check or self.check_time)
 
     def allocated(
@@ -255,7 +265,7 @@ class Search:
                 "likely_error": likely_error,
             }
 
-        doing = "fine-tuning plans" if fit == "finetuned" else "fitting and evaluating plans"
+        doing = "fine-tuning plans" if fit == "finetuned" else PLANS
         with console.timed(self.seconds, doing):
             network = f"{how} {placed.plan.to_json()}"
             found = self.journal.once("evaluation", network, judge)
@@ -311,7 +321,7 @@ class Search:
 
     def network(self, plan: Plan, fit: Fit) -> IRModule:
         """The network to deliver for a plan that was evaluated after this fit: recovered, if there is time."""
-        doing = "fine-tuning plans" if fit == "finetuned" else "fitting and evaluating plans"
+        doing = "fine-tuning plans" if fit == "finetuned" else PLANS
         with console.timed(self.seconds, doing):
             try:
                 return self.networks(plan, self.networks.recovery if fit == "decomposed" else fit)
@@ -329,8 +339,28 @@ class Search:
 
     def prepare(self) -> None:
         """Find the damage of all candidates, and time the dense network: the surrogate's first data."""
+        self.expect()
         self.probe()
         self.time_dense()
+        self.expect()
+
+    def expect(self) -> None:
+        """Say how long the search is expected to take."""
+        seconds = left(self._needs, self.seconds)
+        console.expect(min(seconds, max(0.0, self.settings.deadline - time.monotonic())))
+
+    @cached_property
+    def _needs(self) -> dict[str, float]:
+        known = self.sensitivity
+        counts = Counts(
+            calibration=len(known.images),
+            sampled=len(known.sampled),
+            probed=len(known.probed),
+            selection=len(self.splits.selection[1]),
+            evaluation=len(self.splits.evaluation[1]),
+            reconstructed=forward_passes(self.mod, len(known.images)),
+        )
+        return needs(self.sites, counts, seconds_of_an_image(TorchBridge(self.mod), self.splits.calibration))
 
     def time_dense(self) -> float | None:
         """Time the dense network, the surrogate's first data; its measured ms end to end, if that can be measured."""
@@ -338,7 +368,7 @@ class Search:
         self._time([(site.id, Choice()) for site in self.sites])
         if self._dense_latency is None:
             return None
-        with console.timed(self.seconds, "tuning kernels"):
+        with console.timed(self.seconds, KERNELS):
             self.times.measure_others()
             ms = self.journal.once("dense", "ms", self._dense_latency)
             self.times.learn(Plan(), ms)

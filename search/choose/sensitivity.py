@@ -46,7 +46,8 @@ class Sensitivity:
     Parameters
     ----------
     mod : the dense canonical module.
-    images : calibration images, float32 NCHW; ``sampled`` are those that gradients and the refit look at.
+    images : calibration images, float32 NCHW; ``sampled`` are those that gradients and the refit look at, ``probed``
+        those that probes do.
     methods, lanes : of the candidates; ranks are multiples of `lanes`.
     share : damage in nats that a site may take in a likely plan of all sites; probes are chosen around it.
     examined : ids of the sites whose statistics are needed; None are those that have candidates.
@@ -71,7 +72,7 @@ class Sensitivity:
         self.sites = {site.id: site for site in find_sites(mod)}
         sites = list(self.sites.values())
         wanted = int(np.clip(PROBE_MACS / max(1, sum(site.macs for site in sites)), FEWEST_IMAGES, PROBE_IMAGES))
-        self._probed, self._rest = apart(images, max(1, min(wanted, int(PROBE_SHARE * len(images)))))
+        self.probed, self._rest = apart(images, max(1, min(wanted, int(PROBE_SHARE * len(images)))))
         self.sampled = sampled(self._rest, sites)
         self._bridge = TorchBridge(mod)
         self._methods, self._lanes, self._synthetic = methods, lanes, synthetic
@@ -162,7 +163,7 @@ class Sensitivity:
         The evaluations are kept in the journal; ``check`` is called before those of each site. Once ``enough`` says
         so, no more are made: the corrections of the other sites are the mean of those that there are.
         """
-        images = self._probed
+        images = self.probed
         dense = predict(self._bridge, images)
         names = list(self.candidates)
         unpredicted = [name for name in names if journal.get("predicted", name) is None]

@@ -28,10 +28,12 @@ from tvm_lowrank.graph import Site, find_sites
 from tvm_lowrank.options import BundleOptions
 from tvm_lowrank.plan import Choice, Plan
 from tvm_lowrank.searching.candidates import site_macs, skipped
+from tvm_lowrank.searching.choose.forecast import DELIVERY, KERNELS
 from tvm_lowrank.searching.choose.loop import milder
 from tvm_lowrank.searching.choose.offers import offers
 from tvm_lowrank.searching.choose.search import Evaluated, Search
 from tvm_lowrank.searching.commands.inputs import Inputs, image_shape
+from tvm_lowrank.searching.fit.waiting import give_back
 from tvm_lowrank.searching.latency.oracle import LatencyOracle
 from tvm_lowrank.searching.latency.times import SiteTimes
 from tvm_lowrank.searching.measure.device import Device, Model
@@ -73,9 +75,9 @@ def deliver(search: Search, kept: Sequence[Evaluated], oracle: LatencyOracle, de
     The compiled library is what is evaluated. When a plan fails, the next milder one is looked at; the manifest says
     how many looks there were. When none passes, the bundle is the tuned dense model.
     """
-    with console.timed(search.seconds, "tuning kernels"):
+    with console.timed(search.seconds, KERNELS):
         search.times.measure_others()
-    with console.timed(search.seconds, "building, verifying and measuring"):
+    with console.timed(search.seconds, DELIVERY):
         plan, network, manifest = _libraries(search, kept, oracle, delivery)
     return write_bundle(delivery.out, plan, network, {**manifest, "seconds": search.seconds})
 
@@ -100,10 +102,10 @@ def deliver_plan(
     ``more`` are further entries of the manifest.
     """
     out, sites = delivery.out, find_sites(mod)
-    with console.timed(seconds, "tuning kernels"):
+    with console.timed(seconds, KERNELS):
         times.measure([(site.id, plan.get(site.id, Choice())) for site in sites])
         times.measure_others()
-    with console.timed(seconds, "building, verifying and measuring"):
+    with console.timed(seconds, DELIVERY):
         dense = build_library(mod, oracle, delivery, "dense.so")
         if network is mod:
             copy(out / "dense.so", out / "model.so")
@@ -279,6 +281,7 @@ def build_library(mod: IRModule, oracle: LatencyOracle, delivery: Delivery, name
             f"{name} does not compute on the device what PyTorch does here (relative error {error:.1e}); "
             "tvm_lowrank doctor checks the device; if it is well, report this model"
         )
+    give_back()
     return Library(model, mod)
 
 

@@ -24,6 +24,7 @@ from tvm_lowrank.bundle.report import REPORT
 from tvm_lowrank.errors import TimeUp
 from tvm_lowrank.files import copy, write_text
 from tvm_lowrank.plan import Plan
+from tvm_lowrank.searching.choose.forecast import DELIVERY, KERNELS
 from tvm_lowrank.searching.choose.loop import LEAST_LIMIT, MOST_LIMIT
 from tvm_lowrank.searching.choose.search import FIRST_LIMIT, Evaluated, Search
 from tvm_lowrank.searching.commands.deliver import (
@@ -68,9 +69,9 @@ def deliver_frontier(search: Search, oracle: LatencyOracle, delivery: Delivery) 
     When nothing is faster than the dense network, `OUT/1` is the tuned dense model.
     """
     chosen = explore(search)
-    with console.timed(search.seconds, "tuning kernels"):
+    with console.timed(search.seconds, KERNELS):
         search.times.measure_others()
-    with console.timed(search.seconds, "building, verifying and measuring"):
+    with console.timed(search.seconds, DELIVERY):
         dense, points = _measured(search, chosen, oracle, delivery)
         accuracies = _judged(search, dense, points, delivery)
     return _written(search, dense, points, accuracies, delivery)

@@ -19,6 +19,7 @@ from tvm_lowrank import console
 from tvm_lowrank.errors import TimeUp, UserError
 from tvm_lowrank.graph import Site
 from tvm_lowrank.plan import Choice, Plan
+from tvm_lowrank.searching.choose.forecast import DELIVERY, KERNELS
 from tvm_lowrank.searching.choose.search import Search, plan_of
 from tvm_lowrank.searching.commands.deliver import (
     Delivery,
@@ -154,7 +155,7 @@ def _measured(task: Task, text: str) -> Attempt:
     search.check_time()
 
     def measure() -> float:
-        with console.timed(search.seconds, "building, verifying and measuring"):
+        with console.timed(search.seconds, DELIVERY):
             network = replace_sites(search.mod, shape_chains(search.mod, plan))
             build_library(network, task.oracle, delivery, "model.so")
             latency, _ = end_to_end(delivery.out, delivery.device, rounds=ROUNDS, shape=delivery.input_shape)
@@ -176,10 +177,10 @@ def _network(search: Search, plan: Plan) -> IRModule:
 def _built(task: Task, plan: Plan) -> tuple[Sequence[Library], dict[str, Any], float]:
     """Both libraries of a plan, their latency and the speed-up, measured once."""
     search = task.search
-    with console.timed(search.seconds, "tuning kernels"):
+    with console.timed(search.seconds, KERNELS):
         search.times.measure([(site.id, plan.get(site.id, Choice())) for site in search.sites])
     network = _network(search, plan)
-    with console.timed(search.seconds, "building, verifying and measuring"):
+    with console.timed(search.seconds, DELIVERY):
         dense = build_library(search.mod, task.oracle, task.delivery, "dense.so")
         compressed = build_library(network, task.oracle, task.delivery, "model.so")
         measure = partial(compare, search.times, plan, task.delivery)
@@ -194,7 +195,7 @@ def _written(
     search, delivery = task.search, task.delivery
     accuracy, splits = None, None if search.settings.synthetic else search.splits
     if splits is not None:
-        with console.timed(search.seconds, "building, verifying and measuring"):
+        with console.timed(search.seconds, DELIVERY):
             before = looked(search, pair[0], delivery, Plan(), description="accuracy, dense library")
             fit, description = search.networks.best_fit, "accuracy, compressed library"
             after = looked(search, pair[1], delivery, plan, fit, description=description)

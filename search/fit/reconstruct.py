@@ -29,6 +29,7 @@ from tvm_lowrank.searching.fit.samples import evenly
 from tvm_lowrank.searching.fit.training import Learner, imitation, parameter_groups, ramp, watched
 
 PASSES = 12  # over the images
+AN_IMAGE = 4 * PASSES  # in all passes, as forward ones: forward, backward, and the dense network's
 MOST_WORK = 4e13  # multiply-accumulates of a reconstruction, a few minutes; larger networks get none
 ENOUGH = 1000  # images
 BATCH = 50
@@ -113,7 +114,7 @@ def reconstruct_if_better(
 
     The arguments are those of `reconstruct`; of more images than take `MOST_WORK` some are left out.
     """
-    images = evenly(images, max(ENOUGH, int(MOST_WORK / _work(dense))))
+    images = evenly(images, _most(dense))
     with console.progress("reconstructing", PASSES * len(images)) as advance:
         found = reconstruct(dense, network, images, limit=limit, seed=seed, check=check, advance=advance)
     wanted = predict(TorchBridge(dense), others)
@@ -128,9 +129,19 @@ def affordable(mod: IRModule, images: int) -> bool:
     return _work(mod) * min(images, ENOUGH) <= MOST_WORK
 
 
+def forward_passes(mod: IRModule, images: int) -> int:
+    """As many of single images take about as long as a reconstruction on so many; 0 where it is not `affordable`."""
+    return AN_IMAGE * min(images, _most(mod)) if affordable(mod, images) else 0
+
+
+def _most(mod: IRModule) -> int:
+    """How many images a reconstruction looks at."""
+    return max(ENOUGH, int(MOST_WORK / _work(mod)))
+
+
 def _work(mod: IRModule) -> int:
-    """Multiply-accumulates for one image, in all passes: forward, backward, and the dense network's."""
-    return 4 * PASSES * sum(site.macs for site in find_sites(mod))
+    """Multiply-accumulates for one image, in all passes."""
+    return AN_IMAGE * sum(site.macs for site in find_sites(mod))
 
 
 def varied(images: Tensor, generator: torch.Generator) -> Tensor:

@@ -33,6 +33,10 @@ TRAINED_NUMBERS = 2**27  # in all variables of a network, for the images that ar
 SAMPLES = 32_000  # output positions of a site, in all images
 POSITIONS = 32, 96  # at least and at most of an image, if it has so many: more of one image say little new
 FISHER_POSITIONS = 64  # where gradients are looked at
+# of the classes' probabilities: what a small change costs says little of scores that are far behind, until a larger one
+# brings them to the front. With temperatures of 4 or 8, single sites of a ResNet-50 lose 14 and 17 % less damage at the
+# same rank, those of the bundled example 3 %, those of a ResNet-20 half a percent; the last layer a half to two thirds
+TEMPERATURE = 8.0
 SAMPLED_NUMBERS = 80_000_000  # in the columns of a site; three times as many samples as inputs where these are 4,608
 
 
@@ -178,9 +182,9 @@ def collect_fisher(
 ) -> dict[str, np.ndarray]:
     """Fisher information of the outputs of each site, (N, N): per image, summed over output positions.
 
-    Class scores (n, classes) are taken as logits, and the classes are drawn from the network's own probabilities: no
-    labels are used. For a site that makes these scores nothing is drawn: the information of p is diag(p) - p p^T. Any
-    other output counts as the mean of a Gaussian of variance 1.
+    Class scores (n, classes) are taken as logits, and the classes are drawn from the network's own probabilities at
+    `TEMPERATURE`, as large as at 1 on average: no labels are used. For a site that makes these scores nothing is drawn:
+    the information of p is diag(p) - p p^T. Any other output counts as the mean of a Gaussian of variance 1.
 
     Parameters
     ----------
@@ -204,6 +208,7 @@ def each_fisher(
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(wanted, 0)
     network = Fast(deepcopy(bridge))
+    spread = torch.zeros(2, dtype=torch.float64)  # of the class scores: at temperature 1, and at `TEMPERATURE`
     for start, chunk in batches(images, min(batch_of(images), trained_at_once(bridge))):
         chunk.requires_grad_(True)
         outputs: dict[str, Tensor] = {}
@@ -215,9 +220,11 @@ def each_fisher(
         answer = network(chunk, tap=tap)
         of_answer = None  # the gradient of the loss in the class scores
         if answer.dim() == 2:
-            p = answer.detach().softmax(dim=1)
+            scores = answer.detach()
+            p = (scores / TEMPERATURE).softmax(dim=1)
+            spread += torch.stack([_spread(scores.softmax(dim=1)), _spread(p)])
             classes = torch.multinomial(p, 1, generator=generator)[:, 0]
-            loss = F.cross_entropy(answer, classes, reduction="sum")
+            loss = TEMPERATURE * F.cross_entropy(answer / TEMPERATURE, classes, reduction="sum")
             of_answer = p - F.one_hot(classes, p.shape[1])
         else:
             loss = (answer * torch.randn(answer.shape, generator=generator)).sum()
@@ -236,9 +243,15 @@ def each_fisher(
             product = (values.T @ values).mul_(math.prod(size) / rows.shape[1])
             sums[name] = sums[name].add_(product) if name in sums else product
         advance(len(chunk))
+    scale = float(spread[0] / spread[1]) if spread[1] > 0 else 1.0
     for name in list(sums):
-        mean = (sums.pop(name) / len(images)).double().numpy()
+        mean = (sums.pop(name) / len(images)).double().numpy() * scale
         yield name, shrunk_to_few(mean[None], counts[name])[0]
+
+
+def _spread(p: Tensor) -> Tensor:
+    """The trace of the information of probabilities (n, classes), summed over images."""
+    return (1 - p.double().square().sum(dim=1)).sum()
 
 
 def _same(gradient: Tensor, of_answer: Tensor) -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 
 from support.samples import columns, moments_of
 from tvm_lowrank import example
-from tvm_lowrank.bridge.calibrate import collect_fisher, collect_moments, predict
+from tvm_lowrank.bridge.calibrate import TEMPERATURE, collect_fisher, collect_moments, predict
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.data.synthetic import dead_leaves, shrunk
 from tvm_lowrank.graph import find_sites
@@ -89,16 +89,23 @@ class Classifier(nn.Module):
 
 @pytest.mark.parametrize(("positions", "count", "off"), [(1, 60, 1e-3), (2, 4000, 0.02)])
 def test_fisher_is_the_second_order_divergence(positions: int, count: int, off: float) -> None:
-    """Of a linear softmax classifier, where both are known; nothing is drawn where the site makes the scores."""
+    """Of a linear softmax classifier, where both are known; nothing is drawn where the site makes the scores.
+
+    It is that of a softened network, but of the same trace.
+    """
     torch.manual_seed(0)
     model = Classifier().eval()
     mod = import_model(model, input_shape=(1, 3, positions, 1))
     images = torch.randn(count, 3, positions, 1)
     (found,) = collect_fisher(TorchBridge(mod), find_sites(mod), images.numpy()).values()
-    with torch.no_grad():
-        p = model(images).softmax(dim=1)
-    expected = (torch.diag_embed(p) - p[:, :, None] * p[:, None]).mean(dim=0).double().numpy()
-    np.testing.assert_allclose(found, expected / positions, atol=off)
+
+    def information(temperature: float) -> np.ndarray:
+        with torch.no_grad():
+            p = (model(images) / temperature).softmax(dim=1)
+        return (torch.diag_embed(p) - p[:, :, None] * p[:, None]).mean(dim=0).double().numpy() / positions
+
+    soft = information(TEMPERATURE)
+    np.testing.assert_allclose(found, soft * np.trace(information(1.0)) / np.trace(soft), atol=off)
 
 
 @pytest.mark.slow
