@@ -195,6 +195,10 @@ def main() -> None:
     dense, compressed = (manifest["latency_ms"][which]["median"] for which in ("dense", "compressed"))
     used = f"at most {memory.peak(start, end):.0f} MB ({before:.0f} before it)"
     speed = f"{dense:.2f} ms dense, {compressed:.2f} ms, {dense / compressed:.2f}x"
+    accuracy = manifest["accuracy"]
+    if accuracy is not None:
+        low, high = accuracy["ci95"]
+        print(f"drop {accuracy['drop']:+.2f} points ({low:+.2f} to {high:+.2f}), looks: {accuracy['looks']}")
     print(f"whole search: {(end - start) / 60:.1f} min, {used}; {speed}")
 
 

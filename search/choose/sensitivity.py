@@ -30,7 +30,6 @@ from tvm_lowrank.searching.fit.waiting import Shelf, give_back
 from tvm_lowrank.searching.journal import Journal
 from tvm_lowrank.transform import replace_sites
 
-S = TypeVar("S")
 T = TypeVar("T")
 
 PROBE_IMAGES, FEWEST_IMAGES = 500, 50
@@ -38,6 +37,7 @@ PROBE_MACS = 2e11  # of a probe: large networks are probed with fewer images
 # at most, of all images. Statistics do not see them: the last layer of a ResNet-50 at rank 384, of whose 2,048 inputs
 # there were 375 samples, loses 0.002 nats on their images and 0.18 on others
 PROBE_SHARE = 0.2
+LARGE = 2**27  # bytes of a covariance
 
 
 class Sensitivity:
@@ -144,7 +144,7 @@ class Sensitivity:
         unknown = [name for name, choice in plan.items() if f"{name} {choice}" not in self._chains]
         if unknown:
             _ = self.moments, self.fisher  # by all cores, before each core has a site of its own
-            for _ in _each(lambda name: self.chain(name, plan[name]), unknown, "decomposing"):
+            for _ in self._each(lambda name: self.chain(name, plan[name]), unknown, "decomposing"):
                 pass
         return replace_sites(self.mod, {name: self.chain(name, choice) for name, choice in plan.items()})
 
@@ -171,7 +171,7 @@ class Sensitivity:
             _ = self.moments, self.fisher  # by all cores, before each core has a site of its own
         # the largest first, so that no core waits long for another's last
         unpredicted.sort(key=lambda name: self.sites[name].weight.size, reverse=True)
-        for name, own in _each(self._predicted, unpredicted, "predicting damage"):
+        for name, own in self._each(self._predicted, unpredicted, "predicting damage"):
             journal.record("predicted", name, [own[choice] for choice in self.candidates[name]])
             check()
         give_back()
@@ -251,18 +251,30 @@ class Sensitivity:
                 self._kept.put(f"{name} {method}", own_factors)
         return found
 
+    def _each(self, function: Callable[[str], T], names: Sequence[str], description: str) -> Iterator[tuple[str, T]]:
+        """Every site with what the function makes of it, on all cores: linear algebra on one thread each.
 
-def _each(function: Callable[[S], T], items: Sequence[S], description: str) -> Iterator[tuple[S, T]]:
-    """Every item with what the function makes of it, on all cores: linear algebra on one thread each."""
-    with (
-        threadpool_limits(1, user_api="blas"),
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-        console.progress(description, len(items)) as advance,
-    ):
+        Sites whose covariances are large, of which a factorisation makes several copies, come one after another.
+        """
+        with (
+            threadpool_limits(1, user_api="blas"),
+            ThreadPoolExecutor(os.cpu_count()) as many,
+            ThreadPoolExecutor(1) as alone,
+            console.progress(description, len(names)) as advance,
+        ):
 
-        def done(item: S) -> T:
-            result = function(item)
-            advance()
-            return result
+            def done(name: str) -> T:
+                result = function(name)
+                advance()
+                return result
 
-        yield from zip(items, pool.map(done, items), strict=True)
+            results = [(alone if self._large(name) else many).submit(done, name) for name in names]
+            try:
+                for name, result in zip(names, results, strict=True):
+                    yield name, result.result()
+            finally:
+                for result in results:
+                    result.cancel()
+
+    def _large(self, name: str) -> bool:
+        return 8 * self.sites[name].weight[0].size ** 2 >= LARGE
