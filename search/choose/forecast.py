@@ -59,8 +59,13 @@ def needs(sites: Sequence[Site], counts: Counts, image: float) -> dict[str, floa
         DAMAGE: image * passes + factorising,
         KERNELS: KERNEL * len(sites),
         PLANS: DECOMPOSED * (ONCE_MORE * factorising + image * counts.selection) + RECOVERED * image * recovery,
-        DELIVERY: LIBRARIES + COMPILED * image * counts.evaluation,
+        DELIVERY: delivery(image, counts.evaluation),
     }
+
+
+def delivery(image: float, evaluation: int) -> float:
+    """Seconds to build both libraries and judge them on so many images."""
+    return LIBRARIES + COMPILED * image * evaluation
 
 
 def left(needed: Mapping[str, float], taken: Mapping[str, float]) -> float:

@@ -16,6 +16,7 @@ import numpy as np
 import tvm
 
 from tvm_lowrank import console
+from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.bundle.manifest import FILES, MANIFEST, read_manifest
 from tvm_lowrank.bundle.report import REPORT
 from tvm_lowrank.data.splits import Splits
@@ -24,6 +25,7 @@ from tvm_lowrank.graph import constants
 from tvm_lowrank.options import SearchOptions
 from tvm_lowrank.plan import Plan
 from tvm_lowrank.searching.choose import loop
+from tvm_lowrank.searching.choose.forecast import delivery, seconds_of_an_image
 from tvm_lowrank.searching.choose.networks import dismiss, follow
 from tvm_lowrank.searching.choose.search import Search, Settings
 from tvm_lowrank.searching.commands.deliver import Delivery, deliver, deliver_plan, dense_latency, reason
@@ -44,7 +46,7 @@ from tvm_lowrank.searching.journal import JOURNAL, Journal, check_unused
 from tvm_lowrank.searching.latency.oracle import LatencyOracle
 
 FITTED = "fitted"  # folder of the networks that the search tried; goes away when it ends
-FINAL_SHARE = 0.15  # of a time limit, kept for building, evaluating and measuring the result
+FINAL_SHARE = 0.15  # of a time limit, at least, kept for building, evaluating and measuring the result
 
 
 def search(asked: SearchOptions) -> dict[str, Any]:
@@ -86,7 +88,7 @@ def _search(asked: SearchOptions, inputs: Inputs, start: float) -> dict[str, Any
         return json.loads(ended.read_text()) if asked.frontier else read_manifest(asked.folder)
     if journal.dropped:
         console.warn(f"the last line of {journal.path} was torn and is dropped; its measurement is repeated")
-    deadline = math.inf if asked.time_limit is None else start + asked.time_limit * (1 - FINAL_SHARE)
+    deadline = _deadline(asked, inputs, start)
     with opened(inputs) as (device, oracle, times), console.search_view("searching"):
         console.phase(f"{len(inputs.sites)} layers; calibrating and predicting damage")
         delivery = Delivery.of(inputs, device)
@@ -108,6 +110,19 @@ def _search(asked: SearchOptions, inputs: Inputs, start: float) -> dict[str, Any
     journal.close()
     shutil.rmtree(asked.folder / FITTED, ignore_errors=True)
     return manifest
+
+
+def _deadline(asked: SearchOptions, inputs: Inputs, start: float) -> float:
+    """When the search must end with what it has, so that the result is there at the end of the time limit."""
+    if asked.time_limit is None:
+        return math.inf
+    kept = FINAL_SHARE * asked.time_limit
+    if inputs.splits is not None:
+        splits = inputs.splits
+        image = seconds_of_an_image(TorchBridge(inputs.mod), splits.calibration)
+        # a late plan is evaluated once more
+        kept = max(kept, delivery(image, len(splits.evaluation[1])) + image * len(splits.selection[1]))
+    return start + asked.time_limit - min(kept, asked.time_limit / 2)
 
 
 def _settings(asked: SearchOptions, inputs: Inputs, deadline: float) -> Settings:
