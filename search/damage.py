@@ -28,7 +28,11 @@ MANY = 6  # from which on the largest rank, whose solve takes longest, is not am
 
 
 def divergence(dense: np.ndarray, changed: np.ndarray) -> float:
-    """Mean Kullback-Leibler divergence in nats of the softmax of (n, classes) logits."""
+    """Mean Kullback-Leibler divergence in nats of the softmax of (n, classes) logits.
+
+    Where the changed ones are no numbers, nothing is known of the image: all classes are as likely.
+    """
+    changed = np.where(np.isfinite(changed).all(axis=1, keepdims=True), changed, 0.0)
     p = torch.log_softmax(torch.from_numpy(dense).double(), dim=1)
     q = torch.log_softmax(torch.from_numpy(changed).double(), dim=1)
     return max(0.0, float((p.exp() * (p - q)).sum(dim=1).mean()))

@@ -15,7 +15,7 @@ from tvm_lowrank.errors import UserError
 
 T = TypeVar("T")
 JOURNAL = "journal.jsonl"  # its name in the folder of a search
-FORMAT = 3  # raised when the values of a kind get another form
+FORMAT = 4  # raised when the values of a kind get another form
 
 
 class Journal:

@@ -14,6 +14,7 @@ import tvm
 from tvm.target import codegen
 
 from tvm_lowrank.codegen.schedule import target_lanes
+from tvm_lowrank.codegen.units import formats_of
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.targets.android import ndk_compiler
 from tvm_lowrank.targets.toolchain import TRIPLES, cross_compiler, host_arch
@@ -102,6 +103,11 @@ class Profile:
     def code(self) -> str:
         """What the code is for, in a few words: the triple, the processor and its features."""
         return " ".join(filter(None, [self.triple, self.target.get("mcpu"), *self.target.get("mattr", ())]))
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """The number formats that the processor computes in fast, by name; float32 first."""
+        return tuple(format.name for format in formats_of(self.tvm_target()))
 
     def tvm_target(self, threads: int = 1) -> tvm.target.Target:
         """TVM's target for code that runs on this many threads."""

@@ -7,6 +7,7 @@ block, weights as constants, batch-norm folded where legal, the batch symbolic. 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +38,16 @@ class Site:
     def macs(self) -> int:
         """Multiply-accumulates for one image."""
         return self.spec.macs(self.size)
+
+
+def factor_names(site: str, count: int) -> list[str]:
+    """The names of the variables that a chain's convolutions are bound to, in order."""
+    return [f"{site}.factor{i}" for i in range(1, count + 1)]
+
+
+def chain_of(name: str) -> str:
+    """The site that a factor belongs to, or the site itself."""
+    return re.sub(r"\.factor\d+$", "", name)
 
 
 def bindings(function: relax.Function) -> list[relax.VarBinding]:

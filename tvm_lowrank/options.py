@@ -166,6 +166,10 @@ class TuningOptions(ConnectionOptions):
     threads: int = option("Threads that the library runs with.", default=1, read=int)
     batch: int = option("Images in one call of the library.", default=1, read=int)
     trials: int = option("Schedules tried for each kernel.", default=12, read=int)
+    precision: str = option(
+        "Number format of the convolutions: float32, bfloat16 or float16 (see targets); auto is what is fastest.",
+        default="auto",
+    )
 
     def __post_init__(self) -> None:
         _at_least_one(self, "trials", "threads", "batch")

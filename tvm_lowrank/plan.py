@@ -1,4 +1,4 @@
-"""The plan: the chosen (method, rank) for every site, a small JSON file that people may edit by hand."""
+"""The plan: the chosen (method, rank, number format) for every site, a small JSON file that people may edit by hand."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tvm_lowrank.errors import UserError
+from tvm_lowrank.formats import FLOAT32, FORMATS
 from tvm_lowrank.methods.chain import Rank
 
 SCHEMA = 1
@@ -16,22 +18,45 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Choice:
-    """What a site becomes: a method's name and its rank (None for `dense`)."""
+    """What a site becomes: a method's name and its rank (None for `dense`), and the format that it is computed in."""
 
     method: str = DENSE
     rank: Rank | None = None
+    format: str = FLOAT32
 
     def __post_init__(self) -> None:
         if (self.method == DENSE) != (self.rank is None):
             raise ValueError(f"method {self.method!r} cannot have rank {self.rank!r}")
+        if self.format not in FORMATS:
+            raise ValueError(f"format {self.format!r} is not known; formats are {', '.join(FORMATS)}")
 
     def __str__(self) -> str:
-        return self.method if self.rank is None else f"{self.method} {self.rank}"
+        shape = self.method if self.rank is None else f"{self.method} {self.rank}"
+        return shape if self.format == FLOAT32 else f"{shape} in {self.format}"
+
+    @property
+    def float32(self) -> Choice:
+        """The same, computed in float32."""
+        return Choice(self.method, self.rank)
+
+    def to_json(self) -> dict[str, Any]:
+        """What is not said is as in `Choice()`."""
+        return {
+            "method": self.method,
+            **({} if self.rank is None else {"rank": self.rank}),
+            **({} if self.format == FLOAT32 else {"format": self.format}),
+        }
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Choice:
+        """The inverse of `to_json`; ValueError, KeyError, TypeError or AttributeError if the entry is not one."""
+        rank = entry.get("rank")
+        return cls(entry["method"], tuple(rank) if isinstance(rank, list) else rank, entry.get("format", FLOAT32))
 
 
 @dataclass(frozen=True)
 class Plan(Mapping[str, Choice]):
-    """Site id to choice; sites that are not named stay dense."""
+    """Site id to choice; sites that are not named stay dense, in float32."""
 
     choices: Mapping[str, Choice] = field(default_factory=dict)
 
@@ -44,11 +69,18 @@ class Plan(Mapping[str, Choice]):
     def __len__(self) -> int:
         return len(self.choices)
 
+    @property
+    def formats(self) -> dict[str, str]:
+        """Site to the name of its format, as `tvm_lowrank.precision.with_formats` takes them."""
+        return {site: choice.format for site, choice in self.choices.items() if choice.format != FLOAT32}
+
+    @property
+    def decomposed(self) -> Plan:
+        """The sites that become chains, without formats."""
+        return Plan({site: choice.float32 for site, choice in self.choices.items() if choice.rank is not None})
+
     def to_json(self) -> str:
-        sites = {
-            site: {"method": c.method} if c.rank is None else {"method": c.method, "rank": c.rank}
-            for site, c in self.choices.items()
-        }
+        sites = {site: choice.to_json() for site, choice in self.choices.items()}
         return json.dumps({"schema": SCHEMA, "sites": sites}, indent=2) + "\n"
 
     @classmethod
@@ -70,8 +102,7 @@ class Plan(Mapping[str, Choice]):
         choices = {}
         for site, entry in sites:
             try:
-                rank = entry.get("rank")
-                choices[site] = Choice(entry["method"], tuple(rank) if isinstance(rank, list) else rank)
+                choices[site] = Choice.from_json(entry)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(
                     f'{name}: site {site!r} is malformed: {error}; e.g. {{"method": "spatial", "rank": 32}}'

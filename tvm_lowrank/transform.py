@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,19 +11,10 @@ from tvm import relax
 from tvm.ir import IRModule
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
-from tvm_lowrank.graph import bias_adds, bindings, conv_spec, find_sites, is_site
+from tvm_lowrank.graph import bias_adds, bindings, conv_spec, factor_names, find_sites, is_site
 from tvm_lowrank.methods import METHODS, AnyMoments, Chain, Conv, decompose
 from tvm_lowrank.plan import DENSE, Choice, Plan
-
-
-def factor_names(site: str, count: int) -> list[str]:
-    """The names of the variables that a chain's convolutions are bound to, in order."""
-    return [f"{site}.factor{i}" for i in range(1, count + 1)]
-
-
-def chain_of(name: str) -> str:
-    """The site that a factor belongs to, or the site itself."""
-    return re.sub(r"\.factor\d+$", "", name)
+from tvm_lowrank.precision import with_formats
 
 
 @mutator
@@ -90,8 +80,12 @@ def _per_channel(values: np.ndarray, call: relax.Call) -> relax.Constant:
     return relax.const(values.reshape([-1 if axis == "C" else 1 for axis in layout]))
 
 
-def replace_sites(mod: IRModule, chains: Mapping[str, Chain], *, name: str = "main") -> IRModule:
+def replace_sites(
+    mod: IRModule, chains: Mapping[str, Chain], *, formats: Mapping[str, str] | None = None, name: str = "main"
+) -> IRModule:
     """A copy of the module whose function `name` computes each named site by its chain.
+
+    ``formats`` are those of `tvm_lowrank.precision.with_formats`, also of sites that have no chain.
 
     Raises
     ------
@@ -106,7 +100,7 @@ def replace_sites(mod: IRModule, chains: Mapping[str, Chain], *, name: str = "ma
     rewriter = _ReplaceSites(mod, function, chains)
     rewritten = dict(mod.functions.items())
     rewritten[mod.get_global_var(name)] = rewriter.visit_expr(function)
-    return IRModule(rewritten, attrs=mod.attrs)
+    return with_formats(IRModule(rewritten, attrs=mod.attrs), formats or {}, name=name)
 
 
 def shape_chains(mod: IRModule, plan: Mapping[str, Choice], *, name: str = "main") -> dict[str, Chain]:
@@ -120,6 +114,12 @@ def shape_chains(mod: IRModule, plan: Mapping[str, Choice], *, name: str = "main
         convs = tuple(Conv(spec, np.zeros(spec.weight_shape, np.float32)) for spec in specs)
         chains[binding.var.name] = Chain(convs, np.zeros(specs[-1].out_channels, np.float32))
     return chains
+
+
+def shaped(mod: IRModule, plan: Mapping[str, Choice], *, name: str = "main") -> IRModule:
+    """The module under a plan, with `shape_chains`."""
+    formats = {site: choice.format for site, choice in plan.items()}
+    return replace_sites(mod, shape_chains(mod, plan, name=name), formats=formats, name=name)
 
 
 @tvm.transform.module_pass(opt_level=0, name="DecomposeConv2D")
@@ -167,7 +167,8 @@ class DecomposeConv2D:
                     chains[id] = decompose(site.weight, site.spec, **recipe)  # type: ignore[arg-type]
                 except ValueError as error:
                     raise ValueError(f"site {id!r}: {error}") from error
-        return replace_sites(mod, chains, name=self.name)
+        formats = {id: choice.format for id, choice in self.plan.items()}
+        return replace_sites(mod, chains, formats=formats, name=self.name)
 
 
 @relax.register_pipeline("tvm_lowrank")

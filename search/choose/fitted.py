@@ -13,7 +13,7 @@ from tvm.ir import IRModule
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.files import replaced
 from tvm_lowrank.plan import Plan
-from tvm_lowrank.transform import replace_sites, shape_chains
+from tvm_lowrank.transform import shaped
 
 
 class FittedNetworks:
@@ -54,7 +54,7 @@ class FittedNetworks:
         """The network of a file, None if there is none or it is not whole: then it is fitted again."""
         if path is None or not path.exists():
             return None
-        bridge = TorchBridge(replace_sites(self._mod, shape_chains(self._mod, plan)))
+        bridge = TorchBridge(shaped(self._mod, plan))
         try:
             with np.load(path, allow_pickle=False) as stored, torch.no_grad():
                 for name, parameter in bridge.named_parameters():

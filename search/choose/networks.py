@@ -27,7 +27,7 @@ from tvm_lowrank.searching.fit.finetune import Judged, Settings, finetune
 from tvm_lowrank.searching.fit.reconstruct import affordable, reconstruct_if_better
 from tvm_lowrank.searching.fit.refit import refit
 from tvm_lowrank.searching.fit.torchrun import Workers
-from tvm_lowrank.transform import replace_sites, shape_chains
+from tvm_lowrank.transform import replace_sites, shaped
 
 Fit = Literal["decomposed", "refitted", "reconstructed", "finetuned"]
 RECONSTRUCTION_SHARE = 0.3  # of the time that is left, for one plan
@@ -182,7 +182,8 @@ class Networks:
         self, network: IRModule, plan: Mapping[str, Choice], start: Callable[[str, Choice], Chain] | None = None
     ) -> IRModule:
         """A network with dense sites replaced by the chains of a plan, which do what the sites of the dense one did."""
-        known, sites = self._known, find_sites(network)
+        known, sites, formats = self._known, find_sites(network), {n: choice.format for n, choice in plan.items()}
+        plan = {name: choice.float32 for name, choice in plan.items() if choice.rank is not None}
         with console.progress("refitting", len(sites)) as advance:
             chains = refit(
                 network,
@@ -198,7 +199,7 @@ class Networks:
                 check=self._check,
                 advance=advance,
             )
-        return replace_sites(network, chains)
+        return replace_sites(network, chains, formats=formats)
 
     @property
     def _name(self) -> str:
@@ -225,7 +226,7 @@ def follow(mod: IRModule, training: Training) -> None:
 
     while (text := training.workers.of_first(str)) is not None:
         plan = Plan.from_json(text)
-        bridge = TorchBridge(replace_sites(mod, shape_chains(mod, plan)))
+        bridge = TorchBridge(shaped(mod, plan))
         with suppress(TimeUp):
             training.run(bridge, TorchBridge(mod), nobody, Path(), float("inf"))
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -26,8 +26,10 @@ from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.data.metric import INTERVAL, Metric, accuracy, paired_drop
 from tvm_lowrank.data.splits import Splits
 from tvm_lowrank.errors import TimeUp
-from tvm_lowrank.graph import find_sites
-from tvm_lowrank.plan import DENSE, Choice, Plan
+from tvm_lowrank.formats import FLOAT32
+from tvm_lowrank.graph import Site, find_sites
+from tvm_lowrank.plan import Choice, Plan
+from tvm_lowrank.precision import possible, with_formats
 from tvm_lowrank.searching.choose.allocate import Option, allocate
 from tvm_lowrank.searching.choose.drops import LEFT, POWER, Counted, Rate, Recovery
 from tvm_lowrank.searching.choose.forecast import (
@@ -66,6 +68,7 @@ class Settings:
     seed: int = 0
     deadline: float = math.inf  # time.monotonic() at which the search ends with what it has
     confident: bool = False  # the whole 95 % interval of the drop must be within the budget
+    formats: tuple[str, ...] = (FLOAT32,)  # in which sites may be computed
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,9 @@ class Evaluated(Placed):
 
 
 def plan_of(chosen: Mapping[str, Option]) -> Plan:
-    """The plan of an allocation."""
-    return Plan({name: option.choice for name, option in chosen.items() if option.choice.method != DENSE})
+    """The plan of an allocation; where nothing is decomposed there is none."""
+    plan = Plan({name: option.choice for name, option in chosen.items() if option.choice != Choice()})
+    return plan if plan.decomposed else Plan()
 
 
 def _placed(limit: float, chosen: Mapping[str, Option]) -> Placed:
@@ -116,8 +120,8 @@ def _placed(limit: float, chosen: Mapping[str, Option]) -> Placed:
 class Search:
     """Everything that is known about one network under one target, computed when first needed.
 
-    ``dense_latency`` measures the whole dense network, in ms; ``folder`` is where fitted networks are kept, and
-    ``scratch`` where what is known of the sites may wait.
+    ``dense_latency`` measures the whole dense network in the formats of a plan, in ms; ``folder`` is where fitted
+    networks are kept, and ``scratch`` where what is known of the sites may wait.
     """
 
     def __init__(
@@ -128,7 +132,7 @@ class Search:
         times: SiteTimes,
         journal: Journal,
         settings: Settings,
-        dense_latency: Callable[[], float] | None = None,
+        dense_latency: Callable[[Plan], float] | None = None,
         folder: Path | None = None,
         training: Training | None = None,
         scratch: Path | None = None,
@@ -179,10 +183,34 @@ class Search:
         return found
 
     def probe(self) -> None:
-        """Find the damage of every candidate."""
+        """Find the damage of every candidate, in every format."""
         with console.timed(self.seconds, DAMAGE):
             enough = partial(self._late, PROBING_ENDS)
-            self.damage = self.sensitivity.probe(self.journal, self.check_time, enough)
+            found = self.sensitivity.probe(self.journal, self.check_time, enough)
+            rounding = {f: self.sensitivity.rounding(self.journal, f) for f in self.settings.formats if f != FLOAT32}
+            self.damage = {
+                site.id: {
+                    replace(choice, format=format): nats + rounding.get(format, {}).get(site.id, 0.0)
+                    for format in self.formats(site)
+                    for choice, nats in {Choice(): 0.0, **found[site.id]}.items()
+                }
+                for site in self.sites
+                if site.id in found
+            }
+
+    def formats(self, site: Site) -> Sequence[str]:
+        """The formats in which a site may be computed."""
+        return possible(site.spec, self.settings.formats)
+
+    @cached_property
+    def dense(self) -> Plan:
+        """The fastest dense network: the format of each site."""
+
+        def find() -> str:
+            with console.timed(self.seconds, KERNELS):
+                return self.times.fastest_dense(self.formats).to_json()
+
+        return Plan.from_json(self.journal.once("dense", "formats", find))
 
     def options(self, damage: Mapping[str, Mapping[Choice, float]] | None = None) -> dict[str, list[Option]]:
         """Time and damage of everything that each site may become; times that were not measured are optimistic.
@@ -190,7 +218,7 @@ class Search:
         ``damage`` is that of every candidate in nats, else what `probe` found.
         """
         known = self.damage if damage is None else damage
-        damages = {name: {Choice(): 0.0, **own} for name, own in known.items()}
+        damages = {name: {self.dense.get(name, Choice()): 0.0, **own} for name, own in known.items()}
         times = self.times.estimates(damages)
         return {
             name: [Option(choice, times[name, choice], damage) for choice, damage in own.items()]
@@ -248,7 +276,7 @@ class Search:
         how = f"{fit}, {training.name}," if fit == "finetuned" and training is not None else fit
 
         def judge() -> dict[str, Any]:
-            labels, logits = self.splits.selection[1], self._answers(self.networks(placed.plan, fit))
+            labels, logits = self.splits.selection[1], self._answers(self._fitted(placed.plan, fit))
             before, after = self.metric.scores(self.dense_selection, labels), self.metric.scores(logits, labels)
             drop, interval = paired_drop(before, after)
             error = (interval[1] - interval[0]) / INTERVAL
@@ -324,9 +352,15 @@ class Search:
         doing = "fine-tuning plans" if fit == "finetuned" else PLANS
         with console.timed(self.seconds, doing):
             try:
-                return self.networks(plan, self.networks.recovery if fit == "decomposed" else fit)
+                return self._fitted(plan, self.networks.recovery if fit == "decomposed" else fit)
             except TimeUp:
                 return self.networks(plan, fit)
+
+    def _fitted(self, plan: Plan, fit: Fit) -> IRModule:
+        """A plan's network after this fit; while it is trained, its memory is all that is needed."""
+        if fit != "decomposed":
+            self.times.rest()
+        return self.networks(plan, fit)
 
     def _answers(self, mod: IRModule) -> np.ndarray:
         return predict(TorchBridge(mod), self.splits.selection[0])
@@ -365,13 +399,13 @@ class Search:
     def time_dense(self) -> float | None:
         """Time the dense network, the surrogate's first data; its measured ms end to end, if that can be measured."""
         console.phase("tuning the kernels of the dense network, then of the likeliest candidates")
-        self._time([(site.id, Choice()) for site in self.sites])
+        self._time([(site.id, self.dense.get(site.id, Choice())) for site in self.sites])
         if self._dense_latency is None:
             return None
         with console.timed(self.seconds, KERNELS):
-            self.times.measure_others()
-            ms = self.journal.once("dense", "ms", self._dense_latency)
-            self.times.learn(Plan(), ms)
+            self.times.measure_others(self.dense)
+            ms = self.journal.once("dense", "ms", partial(self._dense_latency, self.dense))
+            self.times.learn(self.dense, ms)
         return ms
 
     def check_time(self) -> None:
@@ -399,6 +433,11 @@ class Search:
         return self.journal.once("fastest", f"{evaluated.limit:.9g}", compare)
 
     @property
+    def dense_network(self) -> IRModule:
+        """The dense network in its fastest formats."""
+        return with_formats(self.mod, self.dense.formats)
+
+    @property
     def dense_ms(self) -> float:
         """Sum of the dense sites' times."""
-        return sum(self.times.estimate(site.id, Choice()) for site in self.sites)
+        return sum(self.times.estimate(site.id, self.dense.get(site.id, Choice())) for site in self.sites)

@@ -22,6 +22,7 @@ from tvm_lowrank.data.synthetic import shrunk
 from tvm_lowrank.graph import Site, find_sites
 from tvm_lowrank.methods import METHODS, AnyMoments, Chain, Factors, cut, factorise
 from tvm_lowrank.plan import Choice
+from tvm_lowrank.precision import applies, with_formats
 from tvm_lowrank.searching.candidates import candidates, site_macs
 from tvm_lowrank.searching.damage import DamageCurve, divergence, interpolated, probes, to_solve
 from tvm_lowrank.searching.fit.samples import apart, sampled
@@ -37,6 +38,7 @@ PROBE_MACS = 2e11  # of a probe: large networks are probed with fewer images
 # at most, of all images. Statistics do not see them: the last layer of a ResNet-50 at rank 384, of whose 2,048 inputs
 # there were 375 samples, loses 0.002 nats on their images and 0.18 on others
 PROBE_SHARE = 0.2
+HARDLY = 0.05  # part of the first damage limit that rounding all sites may take without a look at each
 LARGE = 2**27  # bytes of a covariance
 
 
@@ -141,12 +143,14 @@ class Sensitivity:
 
     def network(self, plan: Mapping[str, Choice]) -> IRModule:
         """The network of a plan whose chains were decomposed one by one, in the norm of the data, and not fitted."""
-        unknown = [name for name, choice in plan.items() if f"{name} {choice}" not in self._chains]
+        chosen = {name: choice.float32 for name, choice in plan.items() if choice.rank is not None}
+        unknown = [name for name, choice in chosen.items() if f"{name} {choice}" not in self._chains]
         if unknown:
             _ = self.moments, self.fisher  # by all cores, before each core has a site of its own
-            for _ in self._each(lambda name: self.chain(name, plan[name]), unknown, "decomposing"):
+            for _ in self._each(lambda name: self.chain(name, chosen[name]), unknown, "decomposing"):
                 pass
-        return replace_sites(self.mod, {name: self.chain(name, choice) for name, choice in plan.items()})
+        formats = {name: choice.format for name, choice in plan.items()}
+        return replace_sites(self.mod, {n: self.chain(n, choice) for n, choice in chosen.items()}, formats=formats)
 
     def chain(self, name: str, choice: Choice) -> Chain:
         """The chain of one candidate, decomposed by itself; it is kept."""
@@ -195,6 +199,27 @@ class Sensitivity:
         usual = DamageCurve.mean(found.values())
         curves = {name: DamageCurve.through(found[name]) if name in found else usual for name in predicted}
         return {name: {choice: curves[name](value) for choice, value in own.items()} for name, own in predicted.items()}
+
+    def rounding(self, journal: Journal, format: str) -> dict[str, float]:
+        """Damage in nats of computing a dense site in a format, for the sites that may be.
+
+        Rounding all of them together is looked at first. Where that is hardly anything, as it is with most networks,
+        each site is said to have its part of it; else every site is looked at by itself.
+        """
+        names = [name for name, site in self.sites.items() if applies(site.spec)]
+        together = self._rounded(journal, names, format)
+        if together <= HARDLY * self._share:
+            return dict.fromkeys(names, together / max(1, len(names)))
+        return {name: self._rounded(journal, [name], format) for name in console.track(names, f"rounding to {format}")}
+
+    def _rounded(self, journal: Journal, names: Sequence[str], format: str) -> float:
+        """Damage in nats of computing these sites in a format."""
+
+        def look() -> float:
+            network = TorchBridge(with_formats(self.mod, dict.fromkeys(names, format)))
+            return divergence(predict(self._bridge, self.probed), predict(network, self.probed))
+
+        return float(journal.once("probe", f"{', '.join(names)} in {format}", look))
 
     @property
     def _examined(self) -> list[Site]:

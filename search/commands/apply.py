@@ -10,14 +10,16 @@ from tvm.ir import IRModule
 
 from tvm_lowrank import console
 from tvm_lowrank.errors import UserError
+from tvm_lowrank.formats import FLOAT32
 from tvm_lowrank.graph import Site
 from tvm_lowrank.methods import METHODS
 from tvm_lowrank.options import BundleOptions
 from tvm_lowrank.plan import Choice, Plan
+from tvm_lowrank.precision import possible, with_formats
 from tvm_lowrank.searching.choose.networks import Networks
 from tvm_lowrank.searching.choose.sensitivity import Sensitivity
 from tvm_lowrank.searching.commands.deliver import Delivery, deliver_plan
-from tvm_lowrank.searching.commands.inputs import Inputs, load, opened, synthetic_images
+from tvm_lowrank.searching.commands.inputs import Inputs, load, opened, precisions, synthetic_images
 
 
 def apply_plan(asked: BundleOptions, given: Mapping[str, Choice] | Path | str, *, seed: int = 0) -> dict[str, Any]:
@@ -36,11 +38,15 @@ def apply_plan(asked: BundleOptions, given: Mapping[str, Choice] | Path | str, *
     plan = Plan.of(given)
     inputs = load(asked)
     check_plan(plan, inputs.sites, str(given) if isinstance(given, str | Path) else "plan")
+    for format in set(plan.formats.values()):
+        precisions(format, inputs.profile)
 
     seconds: dict[str, float] = {}
     with console.timed(seconds, "decomposing"):
         network = _network(inputs, plan, seed=seed, folder=asked.folder)
     with opened(inputs) as (device, oracle, times):
+        formats = sorted(set(plan.formats.values())) or ([FLOAT32] if plan else inputs.formats)
+        dense = times.fastest_dense(lambda site: possible(site.spec, formats))
         return deliver_plan(
             plan,
             network,
@@ -52,6 +58,7 @@ def apply_plan(asked: BundleOptions, given: Mapping[str, Choice] | Path | str, *
             metric=inputs.metric,
             reason=lambda site, choice: "as the plan says",
             seconds=seconds,
+            dense_plan=dense,
         )
 
 
@@ -75,14 +82,14 @@ def check_plan(plan: Mapping[str, Choice], sites: list[Site], name: str) -> None
 def _network(inputs: Inputs, plan: Plan, *, seed: int, folder: Path) -> IRModule:
     """What a search would deliver for a plan; ``folder`` is where what is known of its sites may wait."""
     mod, splits = inputs.mod, inputs.splits
-    chosen = {name: choice for name, choice in plan.items() if choice.rank is not None}
+    chosen = plan.decomposed
     if not chosen:
-        return mod
+        return with_formats(mod, plan.formats)
     if splits is None:
         console.phase("no --data: synthetic images give the norm; the accuracy is not measured")
     images = synthetic_images(mod, seed) if splits is None else splits.calibration
     known = Sensitivity(mod, images, examined=chosen, synthetic=splits is None, seed=seed, folder=folder)
     if splits is None:
-        return known.network(chosen)
+        return known.network(plan)
     networks = Networks(known, splits.selection[0])
-    return networks(Plan(chosen), networks.recovery)
+    return networks(plan, networks.recovery)

@@ -27,6 +27,7 @@ from tvm_lowrank.files import copy, write_text
 from tvm_lowrank.graph import Site, find_sites
 from tvm_lowrank.options import BundleOptions
 from tvm_lowrank.plan import Choice, Plan
+from tvm_lowrank.precision import operand_formats, with_formats
 from tvm_lowrank.searching.candidates import site_macs, skipped
 from tvm_lowrank.searching.choose.forecast import DELIVERY, KERNELS
 from tvm_lowrank.searching.choose.loop import milder
@@ -39,6 +40,7 @@ from tvm_lowrank.searching.latency.times import SiteTimes
 from tvm_lowrank.searching.measure.device import Device, Model
 
 ROUNDS = 30
+ORIGINAL = "float32.so"  # the dense network in float32, while a bundle is made
 DENSE_ROUNDS = 10
 TOLERANCE = 1e-3  # of the largest output: the compiled library against PyTorch
 
@@ -76,10 +78,10 @@ def deliver(search: Search, kept: Sequence[Evaluated], oracle: LatencyOracle, de
     how many looks there were. When none passes, the bundle is the tuned dense model.
     """
     with console.timed(search.seconds, KERNELS):
-        search.times.measure_others()
+        search.times.measure_others(search.dense)
     with console.timed(search.seconds, DELIVERY):
         plan, network, manifest = _libraries(search, kept, oracle, delivery)
-    return write_bundle(delivery.out, plan, network, {**manifest, "seconds": search.seconds})
+    return write_bundle(delivery.out, plan or search.dense, network, {**manifest, "seconds": search.seconds})
 
 
 def deliver_plan(
@@ -94,34 +96,37 @@ def deliver_plan(
     metric: Metric,
     reason: Callable[[Site, Choice], str],
     seconds: dict[str, float],
+    dense_plan: Plan,
     **more: Any,
 ) -> dict[str, Any]:
     """Write the bundle of a plan that is not up for discussion; returns its manifest.
 
-    ``network`` is what the dense canonical module ``mod`` becomes under it. Without data its accuracy is not measured.
-    ``more`` are further entries of the manifest.
+    ``network`` is what the dense canonical module ``mod`` becomes under it, or itself if the plan is empty. Without
+    data its accuracy is not measured. ``dense_plan`` has the formats of the dense library; ``more`` are further entries
+    of the manifest.
     """
-    out, sites = delivery.out, find_sites(mod)
+    out, sites, chosen = delivery.out, find_sites(mod), plan or dense_plan
     with console.timed(seconds, KERNELS):
-        times.measure([(site.id, plan.get(site.id, Choice())) for site in sites])
-        times.measure_others()
+        times.measure([(site.id, own.get(site.id, Choice())) for own in (chosen, dense_plan) for site in sites])
+        times.measure_others(chosen)
     with console.timed(seconds, DELIVERY):
-        dense = build_library(mod, oracle, delivery, "dense.so")
+        dense = build_dense(mod, dense_plan, oracle, delivery)
         if network is mod:
             copy(out / "dense.so", out / "model.so")
+            network = dense.mod
         else:
             compressed = build_library(network, oracle, delivery, "model.so")
         measured = None
         if splits is not None:
             judge = partial(judged, splits=splits, metric=metric, device=delivery.device)
             before = after = judge(dense, description="accuracy, dense library")
-            if network is not mod:
+            if network is not dense.mod:
                 after = judge(compressed, description="accuracy, compressed library")
             measured = accuracy_entry(metric, before, after, delivery.device, looks=1)
-        latency, speedup = compare(times, plan, delivery)
-    described = describe(plan, sites, times, delivery, splits, reason=reason)
+        latency, speedup = compare(times, plan, dense_plan, delivery)
+    described = describe(chosen, sites, times, delivery, splits, reason=reason, dense=dense_plan)
     more = {"budget": None, "accuracy": measured, "latency_ms": latency, "speedup": speedup, "seconds": seconds, **more}
-    return write_bundle(out, plan, network, {**described, **more})
+    return write_bundle(out, chosen, network, {**described, **more})
 
 
 def describe(
@@ -132,11 +137,13 @@ def describe(
     splits: Splits | None,
     *,
     reason: Callable[[Site, Choice], str],
+    dense: Plan,
     offers: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
 ) -> dict[str, Any]:
     """What a plan's manifest says of the model, the data and the sites; their kernels have been measured.
 
-    ``offers`` of each site are those of `tvm_lowrank.searching.choose.offers`.
+    ``dense`` has the formats of the dense library; ``offers`` of each site are those of
+    `tvm_lowrank.searching.choose.offers`.
     """
     choices = [(site, plan.get(site.id, Choice())) for site in sites]
     evaluation = None if splits is None else {"evaluation_sha256": fingerprint(splits)}
@@ -146,7 +153,14 @@ def describe(
         "input_shape": list(delivery.input_shape),
         "data": None if evaluation is None else {**(delivery.data or {}), **evaluation},
         "sites": [
-            site_entry(site, choice, times, reason=reason(site, choice), offers=(offers or {}).get(site.id, ()))
+            site_entry(
+                site,
+                choice,
+                dense.get(site.id, Choice()),
+                times,
+                reason=reason(site, choice),
+                offers=(offers or {}).get(site.id, ()),
+            )
             for site, choice in choices
         ],
     }
@@ -157,12 +171,13 @@ def explain(
 ) -> dict[str, Any]:
     """`describe` a plan that a search found, with what it considered and tried; ``why`` replaces its `reason`."""
     described = describe(
-        plan,
+        plan or search.dense,
         search.sites,
         search.times,
         delivery,
         None if search.settings.synthetic else search.splits,
         reason=why or partial(reason, search),
+        dense=search.dense,
         offers=offers(search, plan),
     )
     return {**described, "plans": search.tried()}
@@ -173,6 +188,7 @@ def write_bundle(folder: Path, plan: Plan, network: IRModule, manifest: Mapping[
 
     ``network`` is the canonical module that ``model.so`` was built from.
     """
+    (folder / ORIGINAL).unlink(missing_ok=True)
     write_text(folder / "plan.json", plan.to_json())
     write_portable(network, folder)
     complete = write_manifest(folder, manifest)
@@ -185,10 +201,11 @@ def _libraries(
 ) -> tuple[Plan, IRModule, dict[str, Any]]:
     """Build and judge plans until one passes: it, its network, and its manifest without the seconds."""
     out, budget = delivery.out, search.settings.budget
-    dense = build_library(search.mod, oracle, delivery, "dense.so")
+    dense = build_dense(search.mod, search.dense, oracle, delivery)
     dense_scores = looked(search, dense, delivery, Plan(), description="accuracy, dense library")
+    original = float32_scores(search, dense_scores)
 
-    chosen, network, scores = Plan(), search.mod, dense_scores
+    chosen, network, scores = Plan(), dense.mod, dense_scores
     candidate = kept[0] if kept else None
     while candidate is not None:
         console.phase(f"building the plan with {candidate.drop:+.2f} points of drop on the selection split")
@@ -196,7 +213,7 @@ def _libraries(
         scores = looked(
             search, library, delivery, candidate.plan, candidate.fit, description="accuracy, compressed library"
         )
-        drop, interval = paired_drop(dense_scores, scores)
+        drop, interval = paired_drop(original, scores)
         if (interval[1] if search.settings.confident else drop) <= budget:
             chosen, network = candidate.plan, library.mod
             break
@@ -208,17 +225,17 @@ def _libraries(
 
     if not chosen:
         copy(out / "dense.so", out / "model.so")
-    measure = partial(compare, search.times, chosen, delivery)
+    measure = partial(compare, search.times, chosen, search.dense, delivery)
     latency, speedup = search.journal.once("end to end", chosen.to_json(), measure)
     if chosen and speedup <= 1:
         console.warn(f"the compressed library is not faster ({speedup:.2f}x); the bundle is the tuned dense model")
         copy(out / "dense.so", out / "model.so")
-        chosen, network, speedup, latency["compressed"] = Plan(), search.mod, 1.0, latency["dense"]
+        chosen, network, speedup, latency["compressed"] = Plan(), dense.mod, 1.0, latency["dense"]
     if not chosen:
         scores = dense_scores
     described = explain(search, chosen, delivery)
     looks = len(search.journal.of_kind("look"))
-    entry = accuracy_entry(search.metric, dense_scores, scores, delivery.device, looks=looks)
+    entry = accuracy_entry(search.metric, dense_scores, scores, delivery.device, looks=looks, original=original)
     manifest = {**described, "budget": budget, "accuracy": entry, "latency_ms": latency, "speedup": speedup}
     return chosen, network, manifest
 
@@ -276,13 +293,34 @@ def build_library(mod: IRModule, oracle: LatencyOracle, delivery: Delivery, name
     x = np.random.default_rng(0).standard_normal((shape[0], *shape[1:])).astype("float32")
     expected = predict(TorchBridge(mod), x)
     error = float(np.max(np.abs(model(x) - expected)) / max(np.max(np.abs(expected)), 1e-30))
-    if not error < TOLERANCE:
+    if not error < tolerance(mod):
         raise MeasurementError(
             f"{name} does not compute on the device what PyTorch does here (relative error {error:.1e}); "
             "tvm_lowrank doctor checks the device; if it is well, report this model"
         )
     give_back()
     return Library(model, mod)
+
+
+def tolerance(mod: IRModule) -> float:
+    """How far a library may be from PyTorch, relative to the largest output.
+
+    Sums are made in another order, and a number may then be rounded to its other neighbour.
+    """
+    return max([TOLERANCE, *(2 * format.roundoff for format in operand_formats(mod["main"]).values())])
+
+
+def float32_scores(search: Search, dense_scores: np.ndarray) -> np.ndarray:
+    """The metric's scores of the network as it was given, (n,), if the dense library is in other formats."""
+    if not search.dense.formats:
+        return dense_scores
+    images, labels = search.splits.evaluation
+
+    def judge() -> list[float]:
+        model = partial(predict, TorchBridge(search.mod))
+        return evaluate(model, images, labels, search.metric, description="accuracy, float32, in PyTorch").tolist()
+
+    return np.array(search.journal.once("scores", "float32", judge))
 
 
 def end_to_end(
@@ -295,25 +333,38 @@ def end_to_end(
     console.phase("measuring both libraries end to end, interleaved")
     x = np.random.default_rng(0).standard_normal(shape).astype("float32")
     libraries = {"dense": directory / "dense.so", "compressed": directory / "model.so"}
+    if (directory / ORIGINAL).exists():
+        libraries["float32"] = directory / ORIGINAL
     runs = device.interleaved(libraries, x, rounds=rounds)
     latency: dict[str, Any] = {name: summary(ms) for name, ms in runs.items()}
     speedup = latency["dense"]["median"] / latency["compressed"]["median"]
     return {**latency, "threads": device.threads, "batch": shape[0], "how": device.how}, speedup
 
 
-def dense_latency(mod: IRModule, oracle: LatencyOracle, delivery: Delivery) -> float:
-    """Build the dense library and measure it: median ms, end to end."""
-    build_library(mod, oracle, delivery, "dense.so")
+def build_dense(mod: IRModule, plan: Plan, oracle: LatencyOracle, delivery: Delivery) -> Library:
+    """The dense library in the formats of a plan, and where these are others, the one in float32 for comparison."""
+    if plan.formats:
+        build_library(mod, oracle, delivery, ORIGINAL)
+    return build_library(with_formats(mod, plan.formats), oracle, delivery, "dense.so")
+
+
+def dense_latency(mod: IRModule, oracle: LatencyOracle, delivery: Delivery, plan: Plan) -> float:
+    """Build the dense library in the formats of a plan and measure it: median ms, end to end."""
+    build_library(with_formats(mod, plan.formats), oracle, delivery, "dense.so")
     x = np.random.default_rng(0).standard_normal(delivery.input_shape).astype("float32")
     runs = delivery.device.interleaved({"dense": delivery.out / "dense.so"}, x, rounds=DENSE_ROUNDS)
     return float(np.median(runs["dense"]))
 
 
-def compare(times: SiteTimes, plan: Plan, delivery: Delivery) -> tuple[dict[str, Any], float]:
-    """`end_to_end` of both libraries, beside what was predicted for them; the prediction learns from it."""
-    predicted = {"dense": times.whole({}), "compressed": times.whole(plan)}
+def compare(times: SiteTimes, plan: Plan, dense: Plan, delivery: Delivery) -> tuple[dict[str, Any], float]:
+    """`end_to_end` of both libraries, beside what was predicted for them; the prediction learns from it.
+
+    ``dense`` has the formats of the dense library. Where these are others than float32, the dense network in float32 is
+    measured as well.
+    """
+    predicted = {"dense": times.whole(dense), "compressed": times.whole(plan or dense)}
     latency, speedup = end_to_end(delivery.out, delivery.device, shape=delivery.input_shape)
-    for name, own in {"dense": Plan(), "compressed": plan}.items():
+    for name, own in {"dense": dense, "compressed": plan}.items():
         latency[name]["predicted"] = predicted[name]
         if own or name == "dense":
             times.learn(own, latency[name]["median"])
@@ -332,11 +383,25 @@ def summary(ms: Sequence[float]) -> dict[str, float]:
 
 
 def accuracy_entry(
-    metric: Metric, dense: np.ndarray, compressed: np.ndarray, device: Device, *, looks: int
+    metric: Metric,
+    dense: np.ndarray,
+    compressed: np.ndarray,
+    device: Device,
+    *,
+    looks: int,
+    original: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """The manifest's ``accuracy``, from the scores (n,) of both libraries."""
+    """The manifest's ``accuracy``, from the scores (n,) of both libraries.
+
+    ``original`` are those of the network in float32, if the dense library is not.
+    """
     drop, interval = paired_drop(dense, compressed)
+    more = {}
+    if original is not None and original is not dense:
+        own, own_interval = paired_drop(original, compressed)
+        more["float32"] = {"dense": accuracy(original), "drop": own, "ci95": list(own_interval)}
     return {
+        **more,
         "metric": metric.name,
         "n": len(dense),
         "dense": accuracy(dense),
@@ -349,15 +414,17 @@ def accuracy_entry(
 
 
 def site_entry(
-    site: Site, choice: Choice, times: SiteTimes, *, reason: str, offers: Sequence[Mapping[str, Any]]
+    site: Site, choice: Choice, dense: Choice, times: SiteTimes, *, reason: str, offers: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """One of the manifest's ``sites``."""
     return {
         "id": site.id,
         "method": choice.method,
         "rank": choice.rank,
+        "format": choice.format,
         "ms": times.measured(site.id, choice),
-        "dense_ms": times.measured(site.id, Choice()),
+        "dense_ms": times.measured(site.id, dense),
+        "dense_format": dense.format,
         "macs": site_macs(site, choice),
         "dense_macs": site.macs,
         "reason": reason,
@@ -370,14 +437,15 @@ def reason(search: Search, site: Site, choice: Choice) -> str:
     name, damages = site.id, search.damage.get(site.id)
     if damages is None:
         return "left dense: the time limit came before it was examined"
-    if not damages:
+    chains = [c for c in damages if c.rank is not None]
+    if not chains:
         why = "first layer or depthwise" if skipped(site) else "no method costs fewer MACs"
         return f"left dense: {why}"
-    dense = search.times.estimate(name, Choice())
+    dense = search.times.estimate(name, search.dense.get(name, Choice()))
     if choice.rank is not None:
         saved = dense - search.times.estimate(name, choice)
         return f"saves {saved:.3f} ms for a predicted {damages[choice]:.4f} nats"
-    measured = [(ms, c) for c in damages if (ms := search.times.measured(name, c)) is not None]
+    measured = [(ms, c) for c in chains if (ms := search.times.measured(name, c)) is not None]
     if not measured:
         return "left dense: no chain is worth its damage, by what is predicted"
     ms, best = min(measured, key=lambda pair: pair[0])

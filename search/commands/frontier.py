@@ -34,6 +34,7 @@ from tvm_lowrank.searching.commands.deliver import (
     accuracy_entry,
     build_library,
     explain,
+    float32_scores,
     looked,
     summary,
     write_bundle,
@@ -70,7 +71,7 @@ def deliver_frontier(search: Search, oracle: LatencyOracle, delivery: Delivery) 
     """
     chosen = explore(search)
     with console.timed(search.seconds, KERNELS):
-        search.times.measure_others()
+        search.times.measure_others(search.dense)
     with console.timed(search.seconds, DELIVERY):
         dense, points = _measured(search, chosen, oracle, delivery)
         accuracies = _judged(search, dense, points, delivery)
@@ -169,7 +170,7 @@ def _measured(
     libraries = {}
     for name, evaluated in networks.items():
         console.phase(f"building {name} ({len(chosen)} plans)")
-        network = search.network(evaluated.plan, evaluated.fit) if evaluated.plan else search.mod
+        network = search.network(evaluated.plan, evaluated.fit) if evaluated.plan else search.dense_network
         libraries[name] = build_library(network, oracle, delivery, name)
     latencies = _latencies(search, {name: evaluated.plan for name, evaluated in networks.items()}, delivery)
     dense, *points = (Point(networks[name], libraries[name], name, latencies[name]) for name in networks)
@@ -182,7 +183,7 @@ def _measured(
 
 def _latencies(search: Search, plans: dict[str, Plan], delivery: Delivery) -> dict[str, dict[str, float]]:
     """Latencies of libraries, measured in turns and once, beside what was predicted for them; ``plans`` by file."""
-    predicted = {name: search.times.whole(plan) for name, plan in plans.items()}
+    predicted = {name: search.times.whole(plan or search.dense) for name, plan in plans.items()}
 
     def measure() -> dict[str, dict[str, float]]:
         console.phase(f"measuring {len(plans)} libraries end to end, interleaved")
@@ -193,7 +194,7 @@ def _latencies(search: Search, plans: dict[str, Plan], delivery: Delivery) -> di
     key = json.dumps({name: plan.to_json() for name, plan in plans.items()})
     found = search.journal.once("frontier", key, measure)
     for name, plan in plans.items():
-        search.times.learn(plan, found[name]["median"])
+        search.times.learn(plan or search.dense, found[name]["median"])
     return found
 
 
@@ -207,7 +208,11 @@ def _judged(search: Search, dense: Point, points: Sequence[Point], delivery: Del
     before = look(dense, "dense library")
     scores = [look(point, f"bundle {number}") for number, point in enumerate(points, 1)]
     looks = len(search.journal.of_kind("look"))
-    return [accuracy_entry(search.metric, before, after, delivery.device, looks=looks) for after in scores]
+    original = float32_scores(search, before)
+    return [
+        accuracy_entry(search.metric, before, after, delivery.device, looks=looks, original=original)
+        for after in scores
+    ]
 
 
 def _written(
@@ -230,7 +235,9 @@ def _written(
             "latency_ms": {"dense": dense.latency, "compressed": point.latency, **how},
             "speedup": dense.ms / point.ms,
         }
-        bundles.append(_row(str(number), write_bundle(folder, plan, point.library.mod, manifest), point.evaluated))
+        bundles.append(
+            _row(str(number), write_bundle(folder, plan or search.dense, point.library.mod, manifest), point.evaluated)
+        )
     table = {
         "schema": SCHEMA,
         "model": delivery.model,

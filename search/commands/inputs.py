@@ -17,6 +17,7 @@ from tvm_lowrank.data.splits import Splits, load_data, overlaps
 from tvm_lowrank.data.synthetic import dead_leaves
 from tvm_lowrank.data.training_data import load_training, name_of
 from tvm_lowrank.errors import UserError
+from tvm_lowrank.formats import FORMATS
 from tvm_lowrank.graph import Site, find_sites
 from tvm_lowrank.importers.importer import import_model
 from tvm_lowrank.methods import METHODS
@@ -31,6 +32,9 @@ from tvm_lowrank.targets.profile import Profile, load_profile
 from tvm_lowrank.targets.toolchain import cache_folder
 
 SYNTHETIC_IMAGES = 500
+
+
+AUTO = "auto"
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +53,32 @@ class Inputs:
     splits: Splits | None = None
     training: Training | None = None
 
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """The number formats in which sites may be computed."""
+        return precisions(self.asked.precision, self.profile)
+
+
+def precisions(precision: str, profile: Profile) -> tuple[str, ...]:
+    """What ``--precision`` allows on a target.
+
+    Raises
+    ------
+    UserError
+        If the target does not compute in it, or there is no such format.
+    """
+    there = profile.formats
+    if precision == AUTO:
+        return there
+    if precision not in FORMATS:
+        raise UserError(f"unknown --precision {precision!r}; give {AUTO} or one of {', '.join(FORMATS)}")
+    if precision not in there:
+        raise UserError(
+            f"target {profile.name} ({profile.code}) does not compute in {precision}, only in {', '.join(there)}; "
+            "leave --precision out"
+        )
+    return (precision,)
+
 
 def load(asked: NetworkOptions, workers: Workers | None = None) -> Inputs:
     """Load what was asked for. Whatever is wrong with it is found here, what is quickly checked first.
@@ -64,6 +94,7 @@ def load(asked: NetworkOptions, workers: Workers | None = None) -> Inputs:
     """
     metric, splits, training = load_metric(), None, None
     profile = load_profile(asked.target)
+    precisions(asked.precision, profile)
     check_connection(profile, asked)
     if isinstance(asked, MethodOptions):
         _check_methods(asked.methods)

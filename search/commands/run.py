@@ -134,6 +134,7 @@ def _settings(asked: SearchOptions, inputs: Inputs, deadline: float) -> Settings
         deadline=deadline,
         seed=asked.seed,
         confident=asked.confident,
+        formats=inputs.formats,
     )
 
 
@@ -167,6 +168,7 @@ def _without_data(finder: Search, oracle: LatencyOracle, delivery: Delivery) -> 
             metric=finder.metric,
             reason=lambda site, choice: reason(finder, site, choice),
             seconds=finder.seconds,
+            dense_plan=finder.dense,
             budget=finder.settings.budget,
             predicted_damage=predicted,
         )
@@ -229,6 +231,7 @@ def _header(asked: SearchOptions, inputs: Inputs) -> dict[str, Any]:
         "trials": asked.trials,
         "seed": asked.seed,
         "confident": asked.confident,
+        "formats": list(inputs.formats),
     }
 
 

@@ -16,9 +16,11 @@ from tvm_lowrank import console
 from tvm_lowrank.codegen.lower import kernels_of
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.files import write_text
+from tvm_lowrank.formats import FLOAT32, FORMATS
 from tvm_lowrank.graph import Site, find_sites
 from tvm_lowrank.options import ProfileOptions
 from tvm_lowrank.plan import Choice
+from tvm_lowrank.precision import operand_formats, possible, with_formats
 from tvm_lowrank.searching.candidates import candidates, site_macs
 from tvm_lowrank.searching.commands.inputs import load, opened
 from tvm_lowrank.searching.latency.cache import KernelCache, exported, how_to_tune, read_export
@@ -27,7 +29,7 @@ from tvm_lowrank.searching.latency.peaks import Peaks, measure_peaks
 from tvm_lowrank.searching.latency.whole import operand_bytes
 from tvm_lowrank.targets.profile import Profile, load_profile
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def tune(
@@ -95,16 +97,20 @@ def _described(cache: KernelCache, profile: Profile) -> str:
 class Timed:
     """A kernel of the dense network, or all of them.
 
-    ``site`` is None where it is no convolution or linear layer, and then ``macs`` is 0; ``moved`` are the bytes of all
-    its arguments; ``share`` is the part of the whole network's time.
+    ``site`` is None where it is no convolution or linear layer, and then there are no ``products``: the MACs by number
+    format; ``moved`` are the bytes of all its arguments; ``share`` is the part of the whole network's time.
     """
 
     name: str
     site: str | None
     ms: float
     share: float
-    macs: int
+    products: Mapping[str, int]
     moved: int
+
+    @property
+    def macs(self) -> int:
+        return sum(self.products.values())
 
     @property
     def gflops(self) -> float:
@@ -116,7 +122,11 @@ class Timed:
 
     def above(self, peaks: Peaks) -> float:
         """Milliseconds above the roofline; negative where the caches make up for the memory."""
-        return self.ms - peaks.ms(flops=2 * self.macs, moved=self.moved)
+        return self.ms - peaks.ms(products=self.products, moved=self.moved)
+
+    def of_peak(self, peaks: Peaks) -> float:
+        """The part of its time that the products would take at the peak."""
+        return peaks.ms(products=self.products, moved=0) / self.ms
 
     def to_json(self, peaks: Peaks) -> dict[str, Any]:
         return {
@@ -125,9 +135,10 @@ class Timed:
             "ms": self.ms,
             "share": self.share,
             "macs": self.macs,
+            "macs_by_format": dict(self.products),
             "bytes": self.moved,
             "gflops": self.gflops,
-            "of_peak_gflops": self.gflops / peaks.gflops,
+            "of_peak_gflops": self.of_peak(peaks),
             "gb_per_s": self.gb_per_s,
             "of_peak_gb_per_s": self.gb_per_s / peaks.gb_per_s,
             "ms_above_roofline": self.above(peaks),
@@ -151,15 +162,20 @@ def profile(asked: ProfileOptions) -> None:
     try:
         with opened(inputs) as (device, oracle, times):
             console.phase(f"tuning the kernels of the dense network, of {len(sites)} layers")
-            times.measure_others()
-            rows = timed_kernels(inputs.mod, oracle, batch=asked.batch)
+            dense = times.fastest_dense(lambda site: possible(site.spec, inputs.formats))
+            rows = timed_kernels(with_formats(inputs.mod, dense.formats), oracle, batch=asked.batch)
             console.phase("measuring the peaks of the device")
-            peaks = measure_peaks(device.devices, device.profile, threads=asked.threads)
+            peaks = measure_peaks(device.devices, device.profile, inputs.formats, threads=asked.threads)
             printed = _print_json if asked.json else _print_table
             printed(rows, peaks, asked, device.profile, device.how)
-            dense = {row.site: row.ms for row in rows if row.site is not None}
+            dense_ms = {row.site: row.ms for row in rows if row.site is not None}
             options = {s.id: candidates(s, methods=asked.methods, lanes=device.profile.lanes) for s in sites}
-            wanted = spread(sorted(sites, key=lambda site: -dense[site.id]), options, asked.candidates)
+            wanted = [
+                (site, replace(choice, format=dense.get(site, choice).format))
+                for site, choice in spread(
+                    sorted(sites, key=lambda site: -dense_ms[site.id]), options, asked.candidates
+                )
+            ]
             if wanted:
                 console.phase(f"tuning {len(wanted)} candidates of the search")
                 times.measure(wanted)
@@ -173,11 +189,14 @@ def timed_kernels(mod: IRModule, oracle: LatencyOracle, *, batch: int) -> list[T
     found = kernels_of(mod, batch=batch, target=oracle.profile.tvm_target(oracle.threads))
     latencies = oracle.measure(kernel for kernel, _ in found)
     total = sum(latencies[kernel.key].ms for kernel, _ in found)
-    macs: dict[str | None, int] = {site.id: batch * site.macs for site in find_sites(mod)}
+    formats = operand_formats(mod["main"])
+    products: dict[str | None, dict[str, int]] = {
+        site.id: {formats.get(site.id, FORMATS[FLOAT32]).name: batch * site.macs} for site in find_sites(mod)
+    }
     rows = []
     for kernel, site in found:
         ms, moved = latencies[kernel.key].ms, sum(operand_bytes(kernel))
-        rows.append(Timed(kernel.name, site, ms, ms / total, macs.get(site, 0), moved))
+        rows.append(Timed(kernel.name, site, ms, ms / total, products.get(site, {}), moved))
     return rows
 
 
@@ -205,8 +224,10 @@ def _spread_macs(site: Site, choices: Sequence[Choice], count: int) -> list[Choi
 
 
 def _total(rows: Sequence[Timed]) -> Timed:
-    sums = [sum(column) for column in zip(*((row.ms, row.macs, row.moved) for row in rows), strict=True)]
-    return Timed("total", None, sums[0], 1.0, int(sums[1]), int(sums[2]))
+    products: Counter[str] = Counter()
+    for row in rows:
+        products.update(row.products)
+    return Timed("total", None, sum(row.ms for row in rows), 1.0, products, sum(row.moved for row in rows))
 
 
 def _worst(rows: Sequence[Timed], peaks: Peaks) -> Timed:
@@ -221,7 +242,7 @@ def _print_json(rows: Sequence[Timed], peaks: Peaks, asked: ProfileOptions, targ
         "how": how,
         "threads": asked.threads,
         "batch": asked.batch,
-        "peaks": {"gflops": peaks.gflops, "gb_per_s": peaks.gb_per_s},
+        "peaks": {"gflops": dict(peaks.gflops), "gb_per_s": peaks.gb_per_s},
         "kernels": [row.to_json(peaks) for row in rows],
         "total": _total(rows).to_json(peaks),
         "most_worth_improving": _worst(rows, peaks).to_json(peaks),
@@ -233,10 +254,11 @@ def _print_table(rows: Sequence[Timed], peaks: Peaks, asked: ProfileOptions, tar
     cells = [
         (
             row.site or row.name,
+            " ".join(row.products),
             f"{row.ms:.4f}",
             f"{100 * row.share:.1f} %",
             f"{row.gflops:.1f}" if row.macs else "–",
-            f"{100 * row.gflops / peaks.gflops:.0f} %" if row.macs else "–",
+            f"{100 * row.of_peak(peaks):.0f} %" if row.macs else "–",
             f"{row.gb_per_s:.1f}",
             f"{100 * row.gb_per_s / peaks.gb_per_s:.0f} %",
         )
@@ -245,12 +267,12 @@ def _print_table(rows: Sequence[Timed], peaks: Peaks, asked: ProfileOptions, tar
     console.table(
         f"{asked.model_name} on {target.name}, {asked.threads} thread(s), batch {asked.batch}: "
         f"the dense network, {how}",
-        ("kernel", "ms", "of all", "GFLOPS", "of peak", "GB/s", "of peak"),
+        ("kernel", "format", "ms", "of all", "GFLOPS", "of peak", "GB/s", "of peak"),
         cells,
     )
+    gflops = ", ".join(f"{value:.1f} GFLOPS in {format}" for format, value in peaks.gflops.items())
     print(
-        f"peaks of the device: {peaks.gflops:.1f} GFLOPS, and {peaks.gb_per_s:.1f} GB/s of memory, which what stays in "
-        "the caches exceeds"
+        f"peaks of the device: {gflops}, and {peaks.gb_per_s:.1f} GB/s of memory, which what stays in the caches exceeds"
     )
     worst = _worst(rows, peaks)
     name, above = worst.site or worst.name, worst.above(peaks)

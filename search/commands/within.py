@@ -25,16 +25,18 @@ from tvm_lowrank.searching.commands.deliver import (
     Delivery,
     Library,
     accuracy_entry,
+    build_dense,
     build_library,
     compare,
     end_to_end,
     explain,
+    float32_scores,
     looked,
     reason,
     write_bundle,
 )
 from tvm_lowrank.searching.latency.oracle import LatencyOracle
-from tvm_lowrank.transform import replace_sites, shape_chains
+from tvm_lowrank.transform import shaped
 
 MOST_ATTEMPTS = 6  # plans that are measured whole; the last one is the fastest
 ROUNDS = 10  # of measuring a plan before it is fitted
@@ -120,7 +122,14 @@ def _fastest(task: Task) -> Attempt:
 
     def find() -> str:
         console.phase("looking for the fastest plan, to see whether the latency can be reached")
-        harmless = {name: dict.fromkeys(choices, 0.0) for name, choices in search.sensitivity.candidates.items()}
+        harmless = {
+            site.id: {
+                replace(choice, format=format): 0.0
+                for format in search.formats(site)
+                for choice in (Choice(), *search.sensitivity.candidates[site.id])
+            }
+            for site in search.sites
+        }
         return plan_of(search.allocated(0.0, damage=harmless)).to_json()
 
     fastest = _measured(task, search.journal.once("attempt", "fastest", find))
@@ -134,7 +143,7 @@ def _next(task: Task, above: Attempt, fastest: Attempt, number: int) -> Attempt:
     search = task.search
 
     def find() -> str:
-        others = search.times.measure_others()
+        others = search.times.measure_others(above.plan or search.dense)
         goal = (_sites_ms(search, above.plan) + others) * task.limit / above.ms - others
         least = _sites_ms(search, fastest.plan) * (1 + SLACK)
         return plan_of(search.allocated(max(goal, least), within="ms")).to_json()
@@ -144,7 +153,8 @@ def _next(task: Task, above: Attempt, fastest: Attempt, number: int) -> Attempt:
 
 def _sites_ms(search: Search, plan: Plan) -> float:
     """Milliseconds of the sites under a plan, by what is known now: every whole network corrects the predictions."""
-    pairs = [(site.id, plan.get(site.id, Choice())) for site in search.sites]
+    chosen = plan or search.dense
+    pairs = [(site.id, chosen.get(site.id, Choice())) for site in search.sites]
     search.times.measure(pairs)  # a resumed search knows them from the cache
     return sum(search.times.estimate(*pair) for pair in pairs)
 
@@ -156,8 +166,7 @@ def _measured(task: Task, text: str) -> Attempt:
 
     def measure() -> float:
         with console.timed(search.seconds, DELIVERY):
-            network = replace_sites(search.mod, shape_chains(search.mod, plan))
-            build_library(network, task.oracle, delivery, "model.so")
+            build_library(shaped(search.mod, plan), task.oracle, delivery, "model.so")
             latency, _ = end_to_end(delivery.out, delivery.device, rounds=ROUNDS, shape=delivery.input_shape)
         return latency["compressed"]["median"]
 
@@ -167,7 +176,7 @@ def _measured(task: Task, text: str) -> Attempt:
 def _network(search: Search, plan: Plan) -> IRModule:
     """What is delivered for a plan: fitted, or decomposed in the norm of synthetic images."""
     if not plan:
-        return search.mod
+        return search.dense_network
     if search.settings.synthetic:
         return search.sensitivity.network(plan)
     console.phase("fitting the plan")
@@ -178,12 +187,13 @@ def _built(task: Task, plan: Plan) -> tuple[Sequence[Library], dict[str, Any], f
     """Both libraries of a plan, their latency and the speed-up, measured once."""
     search = task.search
     with console.timed(search.seconds, KERNELS):
-        search.times.measure([(site.id, plan.get(site.id, Choice())) for site in search.sites])
+        chosen = plan or search.dense
+        search.times.measure([(site.id, chosen.get(site.id, Choice())) for site in search.sites])
     network = _network(search, plan)
     with console.timed(search.seconds, DELIVERY):
-        dense = build_library(search.mod, task.oracle, task.delivery, "dense.so")
+        dense = build_dense(search.mod, search.dense, task.oracle, task.delivery)
         compressed = build_library(network, task.oracle, task.delivery, "model.so")
-        measure = partial(compare, search.times, plan, task.delivery)
+        measure = partial(compare, search.times, plan, search.dense, task.delivery)
         latency, speedup = search.journal.once("end to end", plan.to_json(), measure)
     return (dense, compressed), latency, speedup
 
@@ -200,7 +210,8 @@ def _written(
             fit, description = search.networks.best_fit, "accuracy, compressed library"
             after = looked(search, pair[1], delivery, plan, fit, description=description)
         looks = len(search.journal.of_kind("look"))
-        accuracy = accuracy_entry(search.metric, before, after, delivery.device, looks=looks)
+        original = float32_scores(search, before)
+        accuracy = accuracy_entry(search.metric, before, after, delivery.device, looks=looks, original=original)
 
     def why(site: Site, choice: Choice) -> str:
         return reason(search, site, choice) if plan else "left dense: the dense network is within the latency"
@@ -217,4 +228,4 @@ def _written(
         "speedup": speedup,
         "seconds": search.seconds,
     }
-    return write_bundle(delivery.out, plan, pair[1].mod, manifest)
+    return write_bundle(delivery.out, plan or search.dense, pair[1].mod, manifest)

@@ -15,10 +15,9 @@ from tvm.ir import IRModule
 
 from tvm_lowrank.bridge.half import Fast
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
-from tvm_lowrank.graph import bindings, conv_spec, is_site
+from tvm_lowrank.graph import bindings, chain_of, conv_spec, is_site
 from tvm_lowrank.methods.chain import ConvSpec
 from tvm_lowrank.methods.common.balance import balance
-from tvm_lowrank.transform import chain_of
 
 FEATURES = 10.0  # weight of the inputs' relative errors against the divergence in nats
 

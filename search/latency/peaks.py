@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 import tvm
 from tvm import te
 
-from tvm_lowrank.codegen.schedule import workload
+from tvm_lowrank.codegen.rounding import kept, widened
+from tvm_lowrank.codegen.schedule import FORMAT, UNITS, workload
+from tvm_lowrank.codegen.units import units_of
 from tvm_lowrank.errors import MeasurementError
+from tvm_lowrank.formats import FLOAT32
 from tvm_lowrank.searching.latency.tiles import register_tiles
 from tvm_lowrank.searching.measure.bench import Bench, Devices, Job, TrialError
 from tvm_lowrank.targets.profile import Profile
@@ -23,18 +27,25 @@ SECONDS = 0.1  # for each kernel
 
 @dataclass(frozen=True)
 class Peaks:
-    """``gflops``: 10⁹ additions and multiplications in a second; ``gb_per_s``: 10⁹ bytes read and written in one."""
+    """What a device can do in a second.
 
-    gflops: float
+    ``gflops``: 10⁹ additions and multiplications, by number format; ``gb_per_s``: 10⁹ bytes read and written.
+    """
+
+    gflops: Mapping[str, float]
     gb_per_s: float
 
-    def ms(self, *, flops: float, moved: float) -> float:
-        """The roofline: milliseconds below which these operations and bytes cannot be done out of the caches."""
-        return 1e-6 * max(flops / self.gflops, moved / self.gb_per_s)
+    def ms(self, *, products: Mapping[str, int], moved: float) -> float:
+        """The roofline: milliseconds below which these MACs and bytes cannot be done out of the caches.
+
+        ``products`` has the MACs by number format.
+        """
+        arithmetic = sum(2 * macs / self.gflops[format] for format, macs in products.items())
+        return 1e-6 * max(arithmetic, moved / self.gb_per_s)
 
 
-def measure_peaks(devices: Devices, profile: Profile, *, threads: int) -> Peaks:
-    """Peaks of one of the devices with so many threads, each the best of many samples.
+def measure_peaks(devices: Devices, profile: Profile, formats: Sequence[str], *, threads: int) -> Peaks:
+    """Peaks of one of the devices with so many threads, each the best of many samples; float32's in any case.
 
     Raises
     ------
@@ -45,10 +56,12 @@ def measure_peaks(devices: Devices, profile: Profile, *, threads: int) -> Peaks:
     flops, moved = 2 * rows * DEPTH * COLUMNS, 4 * 3 * ADDED[0] * ADDED[1]
 
     def work(bench: Bench, _: None) -> Peaks:
+        gflops = {}
+        for format in dict.fromkeys((FLOAT32, *formats)):
+            bench.forget()
+            gflops[format] = 1e-9 * flops / _fastest(bench, _products(rows, profile, format))
         bench.forget()
-        seconds = _fastest(bench, _products(rows, profile))
-        bench.forget()
-        return Peaks(1e-9 * flops / seconds, 1e-9 * moved / _fastest(bench, [_sum()]))
+        return Peaks(gflops, 1e-9 * moved / _fastest(bench, [_sum()]))
 
     with closing(devices.each([None], work)) as results:
         return next(results)
@@ -70,11 +83,20 @@ def _fastest(bench: Bench, jobs: Sequence[Job]) -> float:
     return min(samples)
 
 
-def _products(rows: int, profile: Profile) -> list[Job]:
+def _products(rows: int, profile: Profile, format: str) -> list[Job]:
     """A matrix product with several register tiles."""
-    a, b = te.placeholder((rows, DEPTH), name="a"), te.placeholder((DEPTH, COLUMNS), name="b")
-    k = te.reduce_axis((0, DEPTH), name="k")
-    product = te.compute((rows, COLUMNS), lambda i, j: te.sum(a[i, k] * b[k, j], axis=k), name="c")
+    units = [unit for unit in units_of(profile.tvm_target()) if unit.format == format]
+    depth, type = max((unit.depth for unit in units), default=1), kept(format)
+    a = te.placeholder((rows, DEPTH), type, name="a")
+    b = te.placeholder((DEPTH // depth, COLUMNS, depth), type, name="b")
+    steps, inside = te.reduce_axis((0, DEPTH // depth)), te.reduce_axis((0, depth))
+
+    def element(i: Any, j: Any) -> Any:
+        left, right = a[i, steps * depth + inside], b[steps, j, inside]
+        return te.sum(widened(left, format) * widened(right, format), axis=[steps, inside])
+
+    attrs = {FORMAT: format, UNITS: ",".join(unit.name for unit in units)}
+    product = te.compute((rows, COLUMNS), element, name="c", attrs=attrs)
     func = tvm.IRModule({"main": te.create_prim_func([a, b, product])})
     space = workload(func)
     assert space is not None

@@ -14,6 +14,8 @@ import numpy as np
 import xgboost
 
 from tvm_lowrank.codegen.schedule import Tiling, Workload
+from tvm_lowrank.codegen.units import UNITS
+from tvm_lowrank.formats import FORMATS
 from tvm_lowrank.searching.latency.tiles import register_tiles, tile_cost, variants
 
 LEAST = 8  # kernels before the trees are better than the count of instructions
@@ -56,6 +58,8 @@ def features(space: Workload, tiling: Tiling, lanes: int) -> list[float]:
         space.padded,
         space.channelwise,
         space.group / space.spatial[-1],
+        FORMATS[space.format].bytes,
+        UNITS[tiling.unit].depth if tiling.unit else 1,
     ]
 
 

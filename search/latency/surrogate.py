@@ -15,6 +15,7 @@ import numpy as np
 import xgboost
 
 from tvm_lowrank.codegen.schedule import largest_divisor
+from tvm_lowrank.formats import FORMATS
 from tvm_lowrank.searching.latency.convolution import Convolution
 from tvm_lowrank.searching.latency.tiles import register_tiles, tile_cost
 
@@ -55,6 +56,7 @@ NAMES = (
     "tile cost",
     "tiles",
     "padded",
+    "bytes of an operand",
 )
 
 
@@ -64,7 +66,7 @@ def features(conv: Convolution, *, lanes: int, registers: int) -> tuple[np.ndarr
     space = conv.space
     batch, height, width, channels = space.spatial
     *kernel, inner = space.reduction
-    weight, output = 4 * prod(space.reduction) * channels, 4 * prod(space.spatial)
+    weight, output = FORMATS[space.format].bytes * prod(space.reduction) * channels, 4 * prod(space.spatial)
     tiles = register_tiles(space, lanes=lanes, registers=registers)
     vector = largest_divisor(space.group, lanes)
     cost = tile_cost(tiles[0], space, lanes) if tiles else 1.0 / vector
@@ -90,6 +92,7 @@ def features(conv: Convolution, *, lanes: int, registers: int) -> tuple[np.ndarr
         log(cost),
         len(tiles),
         space.padded,
+        FORMATS[space.format].bytes,
     ]
     return np.array(values, np.float32), cycles
 

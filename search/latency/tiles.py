@@ -7,6 +7,7 @@ from dataclasses import replace
 from math import prod
 
 from tvm_lowrank.codegen.schedule import Tiling, Workload, default_tiling
+from tvm_lowrank.codegen.units import UNITS
 
 MAX_CHANNEL_VECTORS = 8
 CHANNELWISE_VECTORS = 2  # there, more of them share nothing
@@ -26,8 +27,8 @@ def register_tiles(space: Workload, *, lanes: int, registers: int) -> list[Tilin
     if space.channelwise:
         most_vectors, accumulators = CHANNELWISE_VECTORS, registers // CHANNELWISE_PART
     tiles = [
-        Tiling((*positions, vectors * vector), vector)
-        for vector in _vectors(space.group, lanes)
+        Tiling((*positions, vectors * vector), vector, unit=unit)
+        for unit, vector in _instructions(space, lanes)
         for vectors in _divisors(space.group // vector)
         if vectors <= most_vectors
         for positions in _positions(space.spatial[:-1], max(1, accumulators // vectors - (not space.channelwise)))
@@ -101,7 +102,13 @@ def tile_cost(tiling: Tiling, space: Workload, lanes: int) -> float:
     accumulators = positions * vectors
     loads = vectors + (accumulators if space.channelwise else positions)
     cycles = max(accumulators, loads, LATENCY) + LOAD_COST * loads * LATENCY
-    return cycles / (accumulators * min(tiling.vector, lanes))
+    return cycles / (accumulators * min(tiling.vector, lanes) * (UNITS[tiling.unit].depth if tiling.unit else 1))
+
+
+def _instructions(space: Workload, lanes: int) -> list[tuple[str, int]]:
+    """The instructions for dot products that a kernel may use, with their lanes; else none, with its vectors."""
+    found = [(name, UNITS[name].lanes) for name in space.units if space.group % UNITS[name].lanes == 0]
+    return found or [("", vector) for vector in _vectors(space.group, lanes)]
 
 
 def _vectors(channels: int, lanes: int) -> list[int]:

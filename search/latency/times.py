@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 from tvm.ir import IRModule
 
 from tvm_lowrank import console
 from tvm_lowrank.codegen.lower import Kernel, kernels_of
-from tvm_lowrank.graph import Site
-from tvm_lowrank.plan import Choice
+from tvm_lowrank.codegen.units import units_of
+from tvm_lowrank.formats import FLOAT32, FORMATS
+from tvm_lowrank.graph import Site, factor_names
+from tvm_lowrank.plan import Choice, Plan
+from tvm_lowrank.precision import applies
 from tvm_lowrank.searching.candidates import chain_specs, site_macs
 from tvm_lowrank.searching.latency.cache import Latency
 from tvm_lowrank.searching.latency.convolution import Convolution
 from tvm_lowrank.searching.latency.oracle import LatencyOracle
 from tvm_lowrank.searching.latency.surrogate import Surrogate
 from tvm_lowrank.searching.latency.whole import Measured, Traffic, WholeNetworks
-from tvm_lowrank.transform import factor_names, replace_sites, shape_chains
+from tvm_lowrank.transform import shaped
 
 
 class SiteTimes:
@@ -40,7 +44,6 @@ class SiteTimes:
         self._kernels: dict[tuple[str, Choice], list[Kernel]] = {}
         self._surrogate = Surrogate(lanes=oracle.profile.lanes, registers=oracle.profile.registers)
         self._learnt = 0
-        self._others: list[Kernel] = []
         self._whole = WholeNetworks(oracle.folder)
 
     def measure(self, wanted: Iterable[tuple[str, Choice]], *, check: Callable[[], None] = lambda: None) -> None:
@@ -51,22 +54,37 @@ class SiteTimes:
         wanted = list(dict.fromkeys(wanted))
         pending = [pair for pair in wanted if pair not in self._kernels]
         while pending:
+            # in the company of sites in the same format, so that no kernel converts what others do not
+            format = pending[0][1].format
             plan: dict[str, Choice] = {}
             for site, choice in pending:
-                plan.setdefault(site, choice)
-            self._lower(plan)
+                if choice.format == format:
+                    plan.setdefault(site, choice)
+            others = {site: Choice(format=format) for site in self._sites}
+            self._lower({**others, **plan})
             pending = [pair for pair in pending if pair not in self._kernels]
         self._tune([kernel for pair in wanted for kernel in self._kernels[pair]], check)
 
-    def measure_others(self) -> float:
-        """Tune and time the kernels that belong to no site (pooling, classifier, …); returns their sum in ms."""
-        self.measure([(site, Choice()) for site in self._sites])
-        self._tune(self._others)
-        return self._sum(self._others)
+    def fastest_dense(self, formats: Callable[[Site], Sequence[str]]) -> Plan:
+        """The dense network with each site in the fastest of its formats, all of which are measured."""
+        choices = {site.id: [Choice(format=format) for format in formats(site)] for site in self._sites.values()}
+        self.measure([(name, choice) for name, own in choices.items() for choice in own])
+        fastest = {name: min(own, key=partial(self.estimate, name)) for name, own in choices.items()}
+        return Plan({name: choice for name, choice in fastest.items() if choice != Choice()})
+
+    def measure_others(self, plan: Mapping[str, Choice]) -> float:
+        """Tune and time the kernels that belong to no site (pooling, …) under a plan; returns their sum in ms."""
+        others = [kernel for kernel, name in self._network(plan) if name is None]
+        self._tune(others)
+        return self._sum(others)
 
     def whole(self, plan: Mapping[str, Choice]) -> float:
         """Predicted milliseconds of the whole network under a plan; its kernels are tuned, if they were not."""
         return self._sum(self._whole_network(plan))
+
+    def rest(self) -> None:
+        """Stop the processes that compile and measure, which take memory; the next measurement starts new ones."""
+        self._oracle.close()
 
     def learn(self, plan: Mapping[str, Choice], ms: float) -> None:
         """Correct the predictions by the measured milliseconds of a whole network."""
@@ -75,7 +93,7 @@ class SiteTimes:
 
     def _network(self, plan: Mapping[str, Choice]) -> list[tuple[Kernel, str | None]]:
         """The kernels of the network under a plan, in the order of execution, with the names of their convolutions."""
-        rewritten = replace_sites(self._mod, shape_chains(self._mod, plan)) if plan else self._mod
+        rewritten = shaped(self._mod, plan) if plan else self._mod
         return kernels_of(rewritten, batch=self._batch, target=self._target)
 
     def _whole_network(self, plan: Mapping[str, Choice]) -> list[Kernel]:
@@ -116,7 +134,6 @@ class SiteTimes:
             choice = plan.get(site.id, Choice())
             names = factor_names(site.id, len(chain_specs(site, choice))) if choice.rank else [site.id]
             self._kernels.setdefault((site.id, choice), [by_name[name] for name in names])
-        self._others = [kernel for kernel, name in found if name is None]
 
     def measured(self, site: str, choice: Choice) -> float | None:
         """Measured ms, as they are in a network, or None."""
@@ -147,12 +164,14 @@ class SiteTimes:
         middle, low = self._predict([*unknown, *known])
         predicted = dict(zip([*unknown, *known], middle, strict=True))
         optimistic = dict(zip(unknown, low, strict=False))
-        factors: dict[tuple[str, str], list[tuple[int, float]]] = {}
+        factors: dict[tuple[str, str, str], list[tuple[int, float]]] = {}
         for site, choice in known:
             off = float(np.log(self.measured(site, choice) / predicted[site, choice]))
-            factors.setdefault((site, choice.method), []).append((site_macs(self._sites[site], choice), off))
+            factors.setdefault((site, choice.method, choice.format), []).append(
+                (site_macs(self._sites[site], choice), off)
+            )
         for site, choice in unknown:
-            points = sorted(factors.get((site, choice.method), [(1, 0.0)]))
+            points = sorted(factors.get((site, choice.method, choice.format), [(1, 0.0)]))
             known_macs, known_factors = zip(*points, strict=True)
             factor = float(np.exp(np.interp(site_macs(self._sites[site], choice), known_macs, known_factors)))
             exact[site, choice] = optimistic[site, choice] * factor
@@ -168,12 +187,13 @@ class SiteTimes:
             self._surrogate.fit([conv for conv, _ in measured], [ms for _, ms in measured])
             self._learnt = len(measured)
         convs, owners = [], []
-        lanes = self._oracle.profile.lanes
+        lanes, units = self._oracle.profile.lanes, units_of(self._target)
         for owner, (name, choice) in enumerate(pairs):
             site = self._sites[name]
             size = site.size
             for spec in chain_specs(site, choice):
-                convs.append(Convolution.of(spec, size, batch=self._batch, lanes=lanes))
+                format = FORMATS[choice.format if applies(spec) else FLOAT32]
+                convs.append(Convolution.of(spec, size, batch=self._batch, lanes=lanes, format=format, units=units))
                 owners.append(owner)
                 size = spec.output_size(size)
         ms, unsure = self._surrogate.predict(convs)

@@ -60,7 +60,7 @@ def compiled(source: str, tiling: dict[str, Any] | None, target: str, threads: i
 
     goal = tvm.ir.load_json(target)
     choice = None if tiling is None else schedule.Tiling.from_json(tiling)
-    func = schedule.apply(tvm.ir.load_json(source), choice, lanes=schedule.target_lanes(goal), threads=threads)
+    func = schedule.apply(tvm.ir.load_json(source), choice, target=goal, threads=threads)
     func = RemoveWeightLayoutRewriteBlock(skip_tensor_rewrite=True)(func)
     arguments = [([int(d) for d in p.shape], str(p.dtype)) for p in func["main"].params]
     return tvm.tirx.build(func, target=goal), arguments
@@ -91,10 +91,12 @@ class Session:
         import numpy as np
         import tvm
 
+        from tvm_lowrank.codegen.rounding import as_kept
+
         library, parameters = compiled(source, tiling, target, threads)
         generator = np.random.default_rng(0)
         arguments = [
-            tvm.runtime.tensor(generator.random(shape, dtype=np.float32).astype(dtype)) for shape, dtype in parameters
+            tvm.runtime.tensor(as_kept(generator.random(shape, dtype=np.float32), dtype)) for shape, dtype in parameters
         ]
         library["main"](*arguments)
         self.timers[handle] = _timer(lambda n: library.time_evaluator("main", tvm.cpu(), number=n), arguments)

@@ -19,7 +19,9 @@ from tvm.ir import Call, GenericConst, IRModule, Tuple, TupleGetItem
 from tvm_lowrank.bridge.torch_nn import OPERATORS
 from tvm_lowrank.bridge.torch_ops import Compute
 from tvm_lowrank.errors import UserError
+from tvm_lowrank.formats import Format
 from tvm_lowrank.graph import bias_adds, bindings, is_site
+from tvm_lowrank.precision import operand_formats, stored
 
 Tap = Callable[[str, Tensor, Tensor], None]
 Watch = Sequence[tuple[relax.Var, Callable[[Tensor], None]]]
@@ -55,6 +57,8 @@ class _Step:
     out: int
     site: str | None
     free: tuple[int, ...]  # slots that nothing after this step reads
+    operands: torch.dtype  # to which those of a site are rounded
+    kept: torch.dtype  # to which the value is
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,11 @@ class _Run:
     def step(self, step: _Step, env: list[Any]) -> tuple[list[Any], Any]:
         """Do a step in an environment, the values by slot; returns its arguments and its value."""
         args = [evaluate(env, self.constants, self.dims) for evaluate in step.args]
+        if step.operands != torch.float32:
+            args = [rounded(arg, step.operands) for arg in args]
         value = args[0] if step.compute is None else step.compute(*args)
+        if step.kept != torch.float32:
+            value = rounded(value, step.kept)
         env[step.out] = value
         for slot in step.free:
             env[slot] = None
@@ -83,8 +91,32 @@ class State:
     dims: Dims
 
 
+class _Rounded(torch.autograd.Function):
+    """Numbers rounded to another type, with the gradient of the numbers themselves."""
+
+    @staticmethod
+    def forward(_context: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x.to(dtype).to(x.dtype)
+
+    @staticmethod
+    def backward(_context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers rounded to the nearest of another type, in their own; gradients pass as if they were not."""
+    return _Rounded.apply(x, dtype)  # type: ignore[no-any-return]
+
+
+def _dtype(format: Format | None) -> torch.dtype:
+    return torch.float32 if format is None else getattr(torch, format.name)  # type: ignore[no-any-return]
+
+
 class TorchBridge(nn.Module):
     """A canonical Relax function as a PyTorch module, at any batch size.
+
+    What the function's convolutions read in half precision is rounded (`tvm_lowrank.precision`); gradients pass as if
+    it were not.
 
     Every float constant of one dimension or more is an `nn.Parameter` (``requires_grad=False`` to begin with);
     `site_parameters` finds those of a site. Weights are OIHW, activations NCHW; ``to(memory_format=channels_last)``
@@ -110,6 +142,7 @@ class TorchBridge(nn.Module):
         self._slots: dict[relax.Var, int] = {}
         self._input = _input_shape(function)
         self._slots[function.params[0]] = 0
+        self._formats, self._kept = operand_formats(function), stored(function)
         steps = [self._step(i, binding) for i, binding in enumerate(bindings(function))]
         self._result = self._evaluator(function.body.body, "result")
         self._steps = _with_frees(steps, self._reads(function))
@@ -168,7 +201,8 @@ class TorchBridge(nn.Module):
 
     def start(self, x: Tensor) -> State:
         """A batch (NCHW, float32) before the first step."""
-        return State(0, {0: x}, self._dims(x))
+        format = self._kept.get(self.function.params[0])
+        return State(0, {0: x if format is None else rounded(x, _dtype(format))}, self._dims(x))
 
     def resume(
         self,
@@ -284,7 +318,9 @@ class TorchBridge(nn.Module):
         else:
             args = (self._evaluator(value, path),)
         out = self._slots[binding.var] = len(self._slots)
-        return _Step(compute, args, out, binding.var.name if is_site(value) else None, ())
+        site = binding.var.name if is_site(value) else None
+        operands = _dtype(self._formats.get(site)) if site else torch.float32
+        return _Step(compute, args, out, site, (), operands, _dtype(self._kept.get(binding.var)))
 
     def _evaluator(self, expr: relax.Expr, path: str) -> Evaluate:
         """What an argument evaluates to, as a closure over plain values (so that the module can be copied)."""
@@ -352,7 +388,7 @@ def _with_frees(steps: list[_Step], reads: list[set[int]]) -> list[_Step]:
     frees: list[list[int]] = [[] for _ in reads]
     for slot, i in last.items():
         frees[i].append(slot)
-    return [_Step(s.compute, s.args, s.out, s.site, tuple(f)) for s, f in zip(steps, frees[:-1], strict=True)]
+    return [replace(step, free=tuple(free)) for step, free in zip(steps, frees[:-1], strict=True)]
 
 
 def _size(var: relax.Var) -> int:

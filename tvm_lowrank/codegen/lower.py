@@ -21,19 +21,23 @@ from tvm.tirx import PrimFunc
 from tvm_ffi import structural_hash
 
 from tvm_lowrank.codegen import schedule
+from tvm_lowrank.codegen.rounding import ASTYPE, astype, format_kept, round_operands
 from tvm_lowrank.codegen.schedule import Tiling
 from tvm_lowrank.codegen.vectors import CONV2D, conv2d, vectorise_groups
+from tvm_lowrank.formats import FLOAT32, FORMATS
 from tvm_lowrank.graph import bindings, is_site
+from tvm_lowrank.precision import operand_formats
 
 # Part of the key of every cache of measurements: raise it when lowering or the schedule template changes.
-LOWERING_VERSION = 2
+LOWERING_VERSION = 3
 
 CALL_TIR = Op.get("relax.call_tir")
 PERMUTE_DIMS = Op.get("relax.permute_dims")
 CLIP = Op.get("relax.clip")
 LAYOUTS = {"relax.nn.conv2d": ["NHWC", "HWIO"], "relax.nn.conv2d_transpose": ["NCHW", "IOHW"]}
 CONV_BLOCK = "conv2d_n"  # conv2d_nhwc, group_conv2d_nhwc, conv2d_nchw; not conv2d_transpose
-MARK = 2**20  # weights above this number a convolution; no others are as large
+# weights that number the convolutions are larger than any others: the bits of the first one, in each format
+MARKS = {"float32": 0x49800000, "bfloat16": 0x6000, "float16": 0x7800}
 KEPT_ATTRIBUTES = ("layout_free_buffers", "tirx.noalias")
 
 
@@ -60,6 +64,7 @@ def lower(mod: IRModule, *, batch: int, target: tvm.target.Target) -> IRModule:
     if isinstance(dimension, tvm.tirx.Var):
         mod = transform.BindSymbolicVars({dimension.name: batch}, "main")(mod)
     passes = [
+        round_operands,
         transform.DecomposeOpsForInference(),
         transform.CanonicalizeBindings(),
         expand_clip,
@@ -74,7 +79,7 @@ def lower(mod: IRModule, *, batch: int, target: tvm.target.Target) -> IRModule:
         transform.FoldConstant(),
         transform.DeadCodeElimination(),
         vectorise_groups,
-        transform.LegalizeOps({CONV2D.name: conv2d(schedule.target_lanes(target))}),
+        transform.LegalizeOps({CONV2D.name: conv2d(target), ASTYPE.name: astype}),
         transform.AnnotateTIROpPattern(),
         transform.FoldConstant(),
         transform.FuseOps(),
@@ -147,20 +152,33 @@ class _Marker(PyExprMutator):
 
     def __init__(self, mod: IRModule) -> None:
         super().__init__(mod)
+        self.formats = operand_formats(mod["main"])
         self.number = 0
 
-    def visit_call_(self, op: relax.Call) -> relax.Expr:
-        call = super().visit_call_(op)
-        if not is_site(op):
-            return call
-        weight = np.full([int(extent) for extent in op.args[1].ty.shape], MARK + self.number, "float32")
+    def visit_var_binding_(self, binding: relax.VarBinding) -> None:
+        value = binding.value
+        if not is_site(value):
+            return super().visit_var_binding_(binding)
+        format = self.formats.get(binding.var.name, FORMATS[FLOAT32])
+        bits = np.array(MARKS[format.name] + self.number, f"uint{8 * format.bytes}")
         self.number += 1
-        return relax.Call(call.op, [call.args[0], relax.const(weight)], call.attrs)
+        weight = np.full([int(extent) for extent in value.args[1].ty.shape], bits.view(format.type), "float32")
+        call = relax.Call(value.op, [value.args[0], relax.const(weight)], value.attrs, ret_ty=value.ty)
+        super().visit_var_binding_(relax.VarBinding(binding.var, call))
+        return None
 
 
 def _mark(constants: list[np.ndarray]) -> int:
     """The number of the convolution whose weights are among the constants; they may have been padded with zeros."""
-    [number] = [int(constant.max()) - MARK for constant in constants if constant.max(initial=0) >= MARK]
+    numbers = []
+    for constant in constants:
+        format = FORMATS.get(format_kept(str(constant.dtype)))
+        if format is None:
+            continue
+        bits = f"uint{8 * format.bytes}"
+        largest = int(constant.max(initial=0).astype(constant.dtype).view(bits)) - MARKS[format.name]
+        numbers += [largest] if largest >= 0 else []
+    [number] = numbers
     return number
 
 
@@ -208,13 +226,12 @@ def build(
     threads
         The number of threads that the library is meant to run with.
     """
-    lanes = schedule.target_lanes(target)
     scheduled = IRModule(dict(lowered.functions_items()), attrs=lowered.attrs)
     for kernel in {k.name: k for k in kernels(lowered)}.values():
         if kernel.key in database:
-            func = schedule.apply(kernel.func, database[kernel.key], lanes=lanes, threads=threads)
+            func = schedule.apply(kernel.func, database[kernel.key], target=target, threads=threads)
         else:
-            func = schedule.apply_default(kernel.func, lanes=lanes, threads=threads)
+            func = schedule.apply_default(kernel.func, target=target, threads=threads)
         function = func["main"].without_attr("global_symbol").with_attr("tirx.is_scheduled", True)
         scheduled.update_func(lowered.get_global_var(kernel.name), function)
     packing = [transform.SplitLayoutRewritePreproc(), transform.LiftTransformParams(), transform.FoldConstant()]

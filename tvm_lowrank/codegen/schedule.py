@@ -19,10 +19,15 @@ from tvm.ir import IRModule
 from tvm.s_tir import Schedule, ScheduleError
 from tvm.s_tir.meta_schedule.postproc import RewriteLayout
 
+from tvm_lowrank.codegen import units
+from tvm_lowrank.formats import FLOAT32
+
 logger = logging.getLogger(__name__)
 
 REDUCTION = 2  # tvm.tirx.IterVar.CommReduce
 ROOT = "root"
+# annotate the block of a convolution in half precision: its operands' format, and the instructions that it may use
+FORMAT, UNITS = "format", "units"
 INTERLEAVED = "interleaved_conv2d_nhwc"  # a block in which neighbouring channels belong to different groups
 # waking a thread takes some microseconds: kernels with less to do stay on one
 PARALLEL_MACS = 2**19
@@ -38,12 +43,14 @@ class Tiling:
     ``channels_first`` runs over the channel tiles in the outer loop: weights stay in cache instead of activations.
     ``stripe`` is the number of output rows for which the padded input is prepared at a time; 0 pads all at once. Where
     every output channel reads one input channel only, and the channels come first, it is the input of one channel tile.
+    ``unit`` names the instruction for dot products (`tvm_lowrank.codegen.units`), if one is used.
     """
 
     tile: tuple[int, ...]
     vector: int
     channels_first: bool = True
     stripe: int = 0
+    unit: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -51,7 +58,8 @@ class Tiling:
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> Tiling:
         """The inverse of `to_json`; TypeError or KeyError if the entry is not one."""
-        return cls(tuple(int(t) for t in entry["tile"]), int(entry["vector"]), entry["channels_first"], entry["stripe"])
+        tile, vector = tuple(int(t) for t in entry["tile"]), int(entry["vector"])
+        return cls(tile, vector, entry["channels_first"], entry["stripe"], str(entry.get("unit", "")))
 
 
 @dataclass(frozen=True)
@@ -59,13 +67,16 @@ class Workload:
     """The iteration space of a kernel that the template can tile.
 
     ``spatial`` and ``reduction`` are the extents of the axes; ``group`` is the number of output channels that read the
-    same input channels (a tile must not cross it); ``padded`` says whether a zero-padded copy of the input is made.
+    same input channels (a tile must not cross it); ``padded`` says whether a zero-padded copy of the input is made;
+    ``format`` is that of the operands, and ``units`` names the instructions for dot products that may be used.
     """
 
     spatial: tuple[int, ...]
     reduction: tuple[int, ...]
     group: int
     padded: bool
+    format: str = FLOAT32
+    units: tuple[str, ...] = ()
 
     @property
     def macs(self) -> int:
@@ -109,7 +120,10 @@ def workload(func: IRModule) -> Workload | None:
     spatial = tuple(e for e, reduces in zip(extents, kinds, strict=True) if not reduces)
     if not spatial or kinds != sorted(kinds):
         return None
-    reduction = tuple(extents[len(spatial) :])
+    reduction, format, names = tuple(extents[len(spatial) :]), FLOAT32, ""
+    if FORMAT in block.annotations:  # the innermost axis is that of a dot product
+        format, names = str(block.annotations[FORMAT]), str(block.annotations[UNITS])
+        reduction = (*reduction[:-2], reduction[-2] * reduction[-1])
     group = spatial[-1]
     if "conv2d_nhwc" in str(block.name_hint):
         data, weight = (region.source for region in block.reads)
@@ -119,7 +133,7 @@ def workload(func: IRModule) -> Workload | None:
         if str(block.name_hint) == INTERLEAVED:
             group = groups
     padded = any(_pads(sch, b) for b in blocks[: reductions[0]])
-    return Workload(spatial, reduction, group, padded)
+    return Workload(spatial, reduction, group, padded, format, tuple(filter(None, names.split(","))))
 
 
 def _pads(sch: Schedule, block: Any) -> bool:
@@ -135,11 +149,12 @@ def default_tiling(space: Workload, lanes: int) -> Tiling:
     """A reasonable tile for a kernel that was not tuned: two vectors of channels, up to four columns."""
     vector = largest_divisor(space.group, lanes)
     channels = vector * largest_divisor(space.group // vector, 2)
+    unit = next((name for name in space.units if units.UNITS[name].lanes == vector), "")
     tile = [1] * len(space.spatial)
     tile[-1] = channels
     if len(tile) > 1:
         tile[-2] = largest_divisor(space.spatial[-2], 4)
-    return Tiling(tuple(tile), vector)
+    return Tiling(tuple(tile), vector, unit=unit)
 
 
 def largest_divisor(n: int, limit: int) -> int:
@@ -147,11 +162,11 @@ def largest_divisor(n: int, limit: int) -> int:
     return max(d for d in range(1, min(n, limit) + 1) if n % d == 0)
 
 
-def apply(func: IRModule, tiling: Tiling | None, *, lanes: int, threads: int) -> IRModule:
+def apply(func: IRModule, tiling: Tiling | None, *, target: tvm.target.Target, threads: int) -> IRModule:
     """Schedule the only PrimFunc of a module.
 
-    ``tiling`` None means a kernel that has no reduction, or several: what is elementwise in it is vectorised with
-    ``lanes`` and spread over the threads.
+    ``tiling`` None means a kernel that has no reduction, or several: what is elementwise in it is vectorised for the
+    target and spread over the threads.
 
     Raises
     ------
@@ -159,37 +174,44 @@ def apply(func: IRModule, tiling: Tiling | None, *, lanes: int, threads: int) ->
         If the tiling does not fit the kernel.
     """
     sch = Schedule(func, debug_mask="none")
+    lanes = target_lanes(target)
     if tiling is None:
         _elementwise(sch, lanes=lanes, threads=threads)
+        tile = None
     else:
-        _tiled(sch, tiling, lanes=lanes, threads=threads)
+        tile = _tiled(sch, tiling, lanes=lanes, threads=threads)
     # packs the constant operands in the order in which the tile reads them
     RewriteLayout().apply(sch)
+    if tiling is not None and tile is not None:
+        _dot(sch, tile, units.UNITS[tiling.unit], target)
     return sch.mod
 
 
-def apply_default(func: IRModule, *, lanes: int, threads: int) -> IRModule:
+def apply_default(func: IRModule, *, target: tvm.target.Target, threads: int) -> IRModule:
     """Schedule a kernel that was not tuned as well as can be guessed; one that no template fits stays as it is."""
     space = workload(func)
-    choices = [None] if space is None else [default_tiling(space, lanes), None]
+    choices = [None] if space is None else [default_tiling(space, target_lanes(target)), None]
     for tiling in choices:
         try:
-            return apply(func, tiling, lanes=lanes, threads=threads)
+            return apply(func, tiling, target=target, threads=threads)
         except (ScheduleError, ValueError) as error:
             logger.debug("%s does not fit: %s", tiling, error)
     logger.warning("no schedule fits the kernel with blocks %s; it runs unoptimised", ", ".join(block_names(func)))
     return func
 
 
-def _tiled(sch: Schedule, tiling: Tiling, *, lanes: int, threads: int) -> None:
+def _tiled(sch: Schedule, tiling: Tiling, *, lanes: int, threads: int) -> Any:
+    """Tile a kernel; the loop over the lanes that an instruction for dot products takes the place of, or None."""
     blocks = _blocks(sch)
     (position,) = _reductions(sch, blocks)
     anchor, after = blocks[position], blocks[position + 1 :]
-    pad = None
-    for block in blocks[:position]:
-        if _pads(sch, block):
-            pad = block
-        else:
+    before = blocks[:position]
+    pad = next((block for block in before if _pads(sch, block)), None)
+    if pad is None and tiling.unit:
+        # an instruction reads its operands as they are: what makes them is done before
+        pad = next((block for block in before if anchor in sch.get_consumers(block)), None)
+    for block in before:
+        if block != pad:
             sch.compute_inline(block)
     for block in after[:-1]:
         sch.compute_inline(block)
@@ -198,6 +220,7 @@ def _tiled(sch: Schedule, tiling: Tiling, *, lanes: int, threads: int) -> None:
     loops = sch.get_loops(anchor)
     work = prod(int(sch.get(loop).extent) for loop in loops)
     spatial, reduction = loops[: len(tiling.tile)], loops[len(tiling.tile) :]
+    channelwise = _channelwise([int(sch.get(loop).extent) for loop in reduction])
     outer, inner = [], []
     for loop, factor in zip(spatial, tiling.tile, strict=True):
         if int(sch.get(loop).extent) % factor:
@@ -207,6 +230,8 @@ def _tiled(sch: Schedule, tiling: Tiling, *, lanes: int, threads: int) -> None:
         inner.append(within)
     vectors, lane = sch.split(inner.pop(), [None, tiling.vector])
     inner += [vectors, lane]
+    if tiling.unit:
+        inner.append(reduction.pop())
 
     head, channel = outer[:-1], outer[-1]
     leading: list[Any] = []  # outside of the padding
@@ -215,7 +240,7 @@ def _tiled(sch: Schedule, tiling: Tiling, *, lanes: int, threads: int) -> None:
         leading, head = [head[0], stripes], [rows, *head[2:]]
     order = [*leading, channel, *head] if tiling.channels_first else [*leading, *head, channel]
     sch.reorder(*order, *reduction, *inner)
-    if leading and tiling.channels_first and _channelwise([int(sch.get(loop).extent) for loop in reduction]):
+    if leading and tiling.channels_first and channelwise:
         leading.append(channel)
     if leading:
         sch.compute_at(pad, leading[-1], preserve_unit_loops=True)
@@ -224,11 +249,24 @@ def _tiled(sch: Schedule, tiling: Tiling, *, lanes: int, threads: int) -> None:
         _spread(sch, sch.get_loops(pad), lanes=lanes, threads=threads)
     sch.reverse_compute_at(epilogue, order[-1], preserve_unit_loops=True)
     _vectorise(sch, sch.get_loops(epilogue)[-1], tiling.vector)
-    sch.vectorize(lane)
+    if not tiling.unit:
+        sch.vectorize(lane)
     if threads > 1 and work >= PARALLEL_MACS:
         parallel = leading or order
         sch.parallel(sch.fuse(*parallel) if len(parallel) > 1 else parallel[0])
-    sch.decompose_reduction(anchor, sch.get_loops(anchor)[-len(reduction) - len(inner)])
+    start = sch.decompose_reduction(anchor, sch.get_loops(anchor)[-len(reduction) - len(inner)])
+    if not tiling.unit:
+        return None
+    sch.vectorize(sch.get_loops(start)[-1])
+    return lane
+
+
+def _dot(sch: Schedule, lane: Any, unit: units.Unit, target: tvm.target.Target) -> None:
+    """Put an instruction for dot products in the place of the innermost loops, from that over the lanes on."""
+    update = next(block for block in _blocks(sch) if FORMAT in sch.get(block).annotations)
+    outermost = sch.get_loops(update)[0]
+    sch.tensorize(lane, units.tensor_intrin(unit.name))
+    sch.annotate(outermost, "pragma_import_llvm", unit.code(target))
 
 
 def _elementwise(sch: Schedule, *, lanes: int, threads: int) -> None:

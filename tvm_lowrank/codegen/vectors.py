@@ -7,19 +7,22 @@ of the lanes, channels are added; where a group has only a few, the groups are i
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import tvm
-from tvm import relax, te, topi
+from tvm import relax, te, tirx, topi
 from tvm.ir import GenericConst, IRModule, Op
 from tvm.relax.analysis import free_vars
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
-from tvm_lowrank.codegen.schedule import INTERLEAVED, largest_divisor
+from tvm_lowrank.codegen.rounding import constant, widened
+from tvm_lowrank.codegen.schedule import FORMAT, INTERLEAVED, UNITS, largest_divisor, target_lanes
+from tvm_lowrank.codegen.units import Unit, units_of, usable
+from tvm_lowrank.formats import FLOAT32
 
 CONV2D = Op.get("relax.nn.conv2d")
 FUSES_ELEMENTWISE = 4  # OpPatternKind kOutEWiseFusable
@@ -34,11 +37,18 @@ def computed_channels(channels: int, groups: int, lanes: int) -> int:
     return full if groups == 1 and channels * lanes > full * largest_divisor(channels, lanes) else channels
 
 
-def conv2d(lanes: int) -> Callable[[relax.BlockBuilder, relax.Call], relax.Expr]:
+def conv2d(target: tvm.target.Target) -> Callable[[relax.BlockBuilder, relax.Call], relax.Expr]:
     """The legalisation of conv2d: TVM's, but with output channels padded to full vectors where that pays."""
+    lanes = target_lanes(target)
 
     def legalise(builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
         data, weight = call.args
+        format = str(weight.ty.dtype)
+        if format != FLOAT32:
+            inner, groups = int(weight.ty.shape[2]), int(call.attrs.groups)
+            units = usable(units_of(target), format, inner=inner, groups=groups)
+            filled = _filled(call, lanes, max((unit.depth for unit in units), default=1))
+            return _call(builder, partial(_rounded, call, format, units), data, filled)
         channels = int(weight.ty.shape[-1])  # HWIO
         missing = computed_channels(channels, int(call.attrs.groups), lanes) - channels
         if not missing or not _is_plain(call):
@@ -146,9 +156,48 @@ def _interleaved(call: relax.Call, x: te.Tensor, weight: te.Tensor) -> te.Tensor
     return te.compute(shape, output, name=INTERLEAVED)
 
 
+def _filled(call: relax.Call, lanes: int, depth: int) -> GenericConst:
+    """The weights of a convolution in half precision, with zeros for what is missing to full vectors and products."""
+    array = call.args[1].value.numpy()
+    inner, channels = array.shape[2:]
+    missing = computed_channels(channels, int(call.attrs.groups), lanes) - channels
+    return constant(np.pad(array, [(0, 0), (0, 0), (0, -inner % depth), (0, missing)]))
+
+
+def _rounded(call: relax.Call, format: str, units: Sequence[Unit], x: te.Tensor, weight: te.Tensor) -> te.Tensor:
+    """Convolution of operands in half precision, added up in float32; the innermost axis is that of a dot product."""
+    groups, geometry = int(call.attrs.groups), _geometry(call)
+    depth = max((unit.depth for unit in units), default=1)
+    (stride, column_stride), (dilation, column_dilation) = geometry["strides"], geometry["dilation"]
+    top, left, bottom, right = geometry["padding"]
+    inner, computed = (int(extent) for extent in weight.shape[2:])
+    missing = inner * groups - int(x.shape[-1])
+    padded = x
+    if any((top, left, bottom, right, missing)):
+        padded = topi.nn.pad(x, (0, top, left, 0), (0, bottom, right, missing), tirx.const(0, x.dtype), "pad_temp")
+    rows, columns, steps, inside = (
+        te.reduce_axis((0, extent)) for extent in (*weight.shape[:2], inner // depth, depth)
+    )
+    shape = [int(extent) for extent in call.ty.shape]
+
+    def output(n: Any, h: Any, w: Any, c: Any) -> Any:
+        row, column = h * stride + rows * dilation, w * column_stride + columns * column_dilation
+        channel = steps * depth + inside
+        group = c // (computed // groups) * inner if groups > 1 else 0
+        left, right = padded[n, row, column, group + channel], weight[rows, columns, channel, c]
+        return te.sum(widened(left, format) * widened(right, format), axis=[rows, columns, steps, inside])
+
+    attrs = {FORMAT: format, UNITS: ",".join(unit.name for unit in units)}
+    conv = te.compute((*shape[:-1], computed), output, name="conv2d_nhwc", attrs=attrs)
+    if computed == shape[-1]:
+        return conv
+    return te.compute(shape, lambda *index: conv[index], name="valid")
+
+
 def _is_plain(call: relax.Call) -> bool:
-    """Whether this is a convolution in NHWC with constant weights in HWIO."""
-    return call.op == CONV2D and call.attrs.data_layout == "NHWC" and isinstance(call.args[1], GenericConst)
+    """Whether this is a convolution in NHWC with constant weights in HWIO, in float32."""
+    plain = call.op == CONV2D and call.attrs.data_layout == "NHWC" and isinstance(call.args[1], GenericConst)
+    return plain and str(call.args[1].ty.dtype) == FLOAT32
 
 
 def _geometry(call: relax.Call) -> dict[str, list[int]]:

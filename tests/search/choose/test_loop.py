@@ -21,7 +21,7 @@ from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.data.metric import load_metric
 from tvm_lowrank.data.splits import Splits
 from tvm_lowrank.errors import TimeUp
-from tvm_lowrank.graph import find_sites
+from tvm_lowrank.graph import chain_of, find_sites
 from tvm_lowrank.importers.importer import import_model
 from tvm_lowrank.plan import Choice, Plan
 from tvm_lowrank.searching.candidates import site_macs
@@ -30,7 +30,6 @@ from tvm_lowrank.searching.choose.drops import LEFT, POWER, RATE, Rate, Recovery
 from tvm_lowrank.searching.choose.loop import LEAST_LIMIT, MOST_EVALUATIONS, explore
 from tvm_lowrank.searching.choose.search import FIRST_LIMIT, Evaluated, Placed, Search, Settings
 from tvm_lowrank.searching.journal import Journal
-from tvm_lowrank.transform import chain_of
 
 IMAGES = 1000
 
@@ -254,6 +253,9 @@ class MacTimes:
 
     def measure(self, wanted: Any, check: Any) -> None:
         check()
+
+    def rest(self) -> None:
+        pass
 
 
 @pytest.mark.parametrize(("first", "late"), [(0.1, 0), (1.0, 1)])

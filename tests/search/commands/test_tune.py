@@ -150,11 +150,12 @@ def test_profile_is_consistent(profiled: dict[str, Any]) -> None:
     for row in (*rows, total):
         assert row["of_peak_gb_per_s"] > 0 and (row["of_peak_gflops"] > 0) == (row["macs"] > 0)
         assert row["gflops"] == pytest.approx(2e-6 * row["macs"] / row["ms"])
-        least = max(2e-6 * row["macs"] / peaks["gflops"], 1e-6 * row["bytes"] / peaks["gb_per_s"])
+        arithmetic = sum(2e-6 * macs / peaks["gflops"][format] for format, macs in row["macs_by_format"].items())
+        least = max(arithmetic, 1e-6 * row["bytes"] / peaks["gb_per_s"])
         assert row["ms_above_roofline"] == pytest.approx(row["ms"] - least)
     worst = profiled["most_worth_improving"]
     assert worst in rows and worst["ms_above_roofline"] == max(row["ms_above_roofline"] for row in rows)
-    assert min(peaks.values()) > 0 and profiled["how"] == "measured"
+    assert min(*peaks["gflops"].values(), peaks["gb_per_s"]) > 0 and profiled["how"] == "measured"
 
 
 def test_a_search_finds_what_profile_tuned(folder: Path, profiled: dict[str, Any]) -> None:
@@ -384,13 +385,14 @@ def test_interrupted_profile_goes_on(folder: Path, tmp_path: Path, run: Run, mon
 
 def test_peaks_that_cannot_be_measured_are_an_error() -> None:
     with pytest.raises(MeasurementError, match="it burns"):
-        measure_peaks(FakeBench(fails=True), PROFILE, threads=1)
+        measure_peaks(FakeBench(fails=True), PROFILE, ["float32"], threads=1)
 
 
 def test_roofline() -> None:
-    peaks = Peaks(gflops=100.0, gb_per_s=10.0)
-    assert peaks.ms(flops=2e9, moved=1e6) == pytest.approx(20)
-    assert peaks.ms(flops=1e6, moved=1e9) == pytest.approx(100)
+    peaks = Peaks(gflops={"float32": 100.0, "bfloat16": 200.0}, gb_per_s=10.0)
+    assert peaks.ms(products={"float32": 10**9}, moved=1e6) == pytest.approx(20)
+    assert peaks.ms(products={"float32": 10**9, "bfloat16": 10**9}, moved=1e6) == pytest.approx(30)
+    assert peaks.ms(products={"float32": 10**6}, moved=1e9) == pytest.approx(100)
 
 
 def site(name: str, channels: int) -> Site:

@@ -1,0 +1,164 @@
+"""Dot products: instructions that multiply operands of a half-precision format, and add the products up in float32.
+
+TVM's types have no vectors of bfloat16 that reach LLVM: they would become float32 on the way. So such operands are kept
+as their bits (uint16), and an instruction is a small function in LLVM IR that the code generator inlines.
+"""
+# mypy: disable-error-code="valid-type"
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+
+import tvm
+from tvm.s_tir import TensorIntrin
+from tvm.script import tirx as T
+
+from tvm_lowrank.formats import FLOAT32, FORMATS, Format
+
+
+@dataclass(frozen=True)
+class Unit:
+    """An instruction for dot products of a format.
+
+    It adds to each of ``lanes`` float32 numbers ``depth`` products: of ``depth`` numbers that are the same for all
+    lanes, and of ``depth`` for each lane.
+
+    Attributes
+    ----------
+    format
+        The name of the operands' format.
+    features
+        What the processor must have, in LLVM's words.
+    instruction
+        LLVM's name of it.
+    element
+        LLVM's type of an operand.
+    """
+
+    name: str
+    format: str
+    features: frozenset[str]
+    instruction: str
+    element: str
+    lanes: int
+    depth: int
+
+    @property
+    def function(self) -> str:
+        """The name of the function in LLVM IR."""
+        return f"tvm_lowrank_{self.name}"
+
+    def code(self, target: tvm.target.Target) -> str:
+        """The function in LLVM IR. It is inlined only where its processor and features are those of its caller."""
+        count = self.lanes * self.depth
+        cpu, features = str(target.attrs.get("mcpu", "")), ",".join(map(str, target.attrs.get("mattr", ())))
+        accumulators, words, operands = (
+            f"<{self.lanes} x float>",
+            f"<{self.lanes} x i32>",
+            f"<{count} x {self.element}>",
+        )
+        types = f"{accumulators}, {operands}, {operands}"
+        return f"""
+define {accumulators} @{self.function}({accumulators} %sum, {words} %left, {words} %right) #0 {{
+  %a = bitcast {words} %left to {operands}
+  %b = bitcast {words} %right to {operands}
+  %result = call {accumulators} @{self.instruction}({accumulators} %sum, {operands} %a, {operands} %b)
+  ret {accumulators} %result
+}}
+declare {accumulators} @{self.instruction}({types})
+attributes #0 = {{ alwaysinline nounwind "target-cpu"="{cpu}" "target-features"="{features}" }}
+"""
+
+
+UNITS = {
+    unit.name: unit
+    for unit in (
+        Unit(
+            name="avx512_bf16",
+            format="bfloat16",
+            features=frozenset({"avx512bf16"}),
+            instruction="llvm.x86.avx512bf16.dpbf16ps.512",
+            element="bfloat",
+            lanes=16,
+            depth=2,
+        ),
+        Unit(
+            name="arm_bf16",
+            format="bfloat16",
+            features=frozenset({"bf16", "neon"}),
+            instruction="llvm.aarch64.neon.bfdot.v4f32.v8bf16",
+            element="bfloat",
+            lanes=4,
+            depth=2,
+        ),
+    )
+}
+"""By name."""
+
+
+def units_of(target: tvm.target.Target) -> list[Unit]:
+    """Those that a target's processor has."""
+    features = set(map(str, tvm.target.codegen.llvm_get_cpu_features(target)))
+    return [unit for unit in UNITS.values() if unit.features <= features]
+
+
+def usable(units: Iterable[Unit], format: str, *, inner: int, groups: int) -> list[Unit]:
+    """Those that a convolution in a format may use, whose groups read ``inner`` channels each.
+
+    Channels are added where they are no multiple of the depth, but not to each of several groups.
+    """
+    return [unit for unit in units if unit.format == format and (groups == 1 or inner % unit.depth == 0)]
+
+
+def formats_of(target: tvm.target.Target) -> list[Format]:
+    """The formats that a target's processor computes in, float32 first."""
+    return [FORMATS[name] for name in dict.fromkeys([FLOAT32, *(unit.format for unit in units_of(target))])]
+
+
+@cache
+def tensor_intrin(name: str) -> str:
+    """The name of TVM's intrinsic for a unit, which is registered."""
+    unit = UNITS[name]
+    lanes, depth, function = unit.lanes, unit.depth, unit.function
+    vector, words, right = f"float32x{lanes}", f"int32x{lanes}", f"uint16x{lanes * depth}"
+
+    @T.prim_func(s_tir=True)
+    def description(
+        A: T.Buffer((depth,), "uint16", offset_factor=1),
+        B: T.Buffer((lanes, depth), "uint16", offset_factor=1),
+        C: T.Buffer((lanes,), "float32", offset_factor=1),
+    ) -> None:
+        with T.sblock("root"):
+            T.reads(C[0:lanes], A[0:depth], B[0:lanes, 0:depth])
+            T.writes(C[0:lanes])
+            for i in T.serial(0, lanes):
+                for k in T.serial(0, depth):
+                    with T.sblock("update"):
+                        lane, step = T.axis.remap("SR", [i, k])
+                        C[lane] = C[lane] + T.reinterpret(
+                            T.shift_left(T.cast(A[step], "uint32"), T.uint32(16)), dtype="float32"
+                        ) * T.reinterpret(T.shift_left(T.cast(B[lane, step], "uint32"), T.uint32(16)), dtype="float32")
+
+    @T.prim_func(s_tir=True)
+    def implementation(
+        A: T.Buffer((depth,), "uint16", offset_factor=1),
+        B: T.Buffer((lanes, depth), "uint16", offset_factor=1),
+        C: T.Buffer((lanes,), "float32", offset_factor=1),
+    ) -> None:
+        with T.sblock("root"):
+            T.reads(C[0:lanes], A[0:depth], B[0:lanes, 0:depth])
+            T.writes(C[0:lanes])
+            word = T.reinterpret(A.vload([0], f"uint16x{depth}"), dtype="int32")
+            C[T.ramp(T.int32(0), 1, lanes)] = T.call_extern(
+                function,
+                C.vload([0], dtype=vector),
+                T.broadcast(word, lanes),
+                T.reinterpret(B.vload([0, 0], dtype=right), dtype=words),
+                dtype=vector,
+            )
+
+    intrinsic = f"tvm_lowrank.{name}"
+    TensorIntrin.register(intrinsic, description, implementation)
+    return intrinsic
