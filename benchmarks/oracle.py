@@ -280,7 +280,7 @@ def whole(bench: Bench) -> Iterator[str]:
         mod = import_torch(module, shape)
         sites = find_sites(mod)
         times = SiteTimes(mod, sites, oracle, batch=1)
-        times.measure_others()
+        times.measure_others({})
         plans = random_plans(sites, 5, bench.profile.lanes)
         libraries = {}
         for i, plan in enumerate(plans):

@@ -38,13 +38,14 @@ def targets() -> None:
         except UserError:
             compiler = "missing"
         vectors = f"{profile.registers} × {profile.lanes}"
-        made = (profile.code, profile.cores, vectors, compiler)
+        made = (profile.code, profile.cores, vectors, ", ".join(profile.formats), compiler)
         rows.append((profile.name, profile.description, *made, profile.rpc_key or "this machine"))
-    columns = ("target", "device", "code", "cores", "vectors", "compiler", "RPC key")
+    columns = ("target", "device", "code", "cores", "vectors", "formats", "compiler", "RPC key")
     console.table("", columns, rows)
     console.results.print(
-        "Vectors: registers × float32 lanes. For a device of your own, write a profile and give its path: --target "
-        f"my.toml ({EXAMPLE} is an example). tvm_lowrank doctor --target T says what is missing.",
+        "Vectors: registers × float32 lanes. Formats: what --precision may be. For a device of your own, write a "
+        f"profile and give its path: --target my.toml ({EXAMPLE} is an example). tvm_lowrank doctor --target T says "
+        "what is missing.",
         soft_wrap=True,
     )
 

@@ -17,9 +17,9 @@ PRICES = np.geomspace(1e-3, 1e7, 201)  # ms for a nat
 def offers(search: Search, plan: Plan) -> dict[str, list[dict[str, Any]]]:
     """The best form that each method offers at each site, the cheapest first: the manifest's ``offers``.
 
-    An offer is ``{method, rank, ms, nats, measured, cost}``, where the cost is ``ms`` plus the price of its predicted
-    damage ``nats``. The price is what a nat is worth, in ms, in a plan of this damage. Where the plan chose a method,
-    that offer is the chosen rank. ``measured`` is False for predicted milliseconds, which are optimistic.
+    An offer is ``{method, rank, format, ms, nats, measured, cost}``, where the cost is ``ms`` plus the price of its
+    predicted damage ``nats``. The price is what a nat is worth, in ms, in a plan of this damage. Where the plan chose a
+    method, that offer is the chosen rank. ``measured`` is False for predicted milliseconds, which are optimistic.
     """
     options = search.options()
     limit = sum(search.damage[site][choice] for site, choice in plan.items()) or FIRST_LIMIT
@@ -52,6 +52,7 @@ def _of_site(
         {
             "method": option.choice.method,
             "rank": option.choice.rank,
+            "format": option.choice.format,
             "ms": option.ms,
             "nats": option.damage,
             "measured": search.times.measured(site, option.choice) is not None,

@@ -305,9 +305,11 @@ def build_library(mod: IRModule, oracle: LatencyOracle, delivery: Delivery, name
 def tolerance(mod: IRModule) -> float:
     """How far a library may be from PyTorch, relative to the largest output.
 
-    Sums are made in another order, and a number may then be rounded to its other neighbour.
+    Sums are made in another order, and a number may then be rounded to its other neighbour. Where the format itself
+    adds up some products, their errors add like a random walk.
     """
-    return max([TOLERANCE, *(2 * format.roundoff for format in operand_formats(mod["main"]).values())])
+    formats = operand_formats(mod["main"]).values()
+    return max([TOLERANCE, *(2 * format.roundoff * format.summed**0.5 for format in formats)])
 
 
 def float32_scores(search: Search, dense_scores: np.ndarray) -> np.ndarray:

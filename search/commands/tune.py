@@ -19,7 +19,7 @@ from tvm_lowrank.files import write_text
 from tvm_lowrank.formats import FLOAT32, FORMATS
 from tvm_lowrank.graph import Site, find_sites
 from tvm_lowrank.options import ProfileOptions
-from tvm_lowrank.plan import Choice
+from tvm_lowrank.plan import Choice, Plan
 from tvm_lowrank.precision import operand_formats, possible, with_formats
 from tvm_lowrank.searching.candidates import candidates, site_macs
 from tvm_lowrank.searching.commands.inputs import load, opened
@@ -168,14 +168,7 @@ def profile(asked: ProfileOptions) -> None:
             peaks = measure_peaks(device.devices, device.profile, inputs.formats, threads=asked.threads)
             printed = _print_json if asked.json else _print_table
             printed(rows, peaks, asked, device.profile, device.how)
-            dense_ms = {row.site: row.ms for row in rows if row.site is not None}
-            options = {s.id: candidates(s, methods=asked.methods, lanes=device.profile.lanes) for s in sites}
-            wanted = [
-                (site, replace(choice, format=dense.get(site, choice).format))
-                for site, choice in spread(
-                    sorted(sites, key=lambda site: -dense_ms[site.id]), options, asked.candidates
-                )
-            ]
+            wanted = likeliest(sites, rows, dense, asked, lanes=device.profile.lanes)
             if wanted:
                 console.phase(f"tuning {len(wanted)} candidates of the search")
                 times.measure(wanted)
@@ -198,6 +191,16 @@ def timed_kernels(mod: IRModule, oracle: LatencyOracle, *, batch: int) -> list[T
         ms, moved = latencies[kernel.key].ms, sum(operand_bytes(kernel))
         rows.append(Timed(kernel.name, site, ms, ms / total, products.get(site, {}), moved))
     return rows
+
+
+def likeliest(
+    sites: Sequence[Site], rows: Sequence[Timed], dense: Plan, asked: ProfileOptions, *, lanes: int
+) -> list[tuple[str, Choice]]:
+    """What to tune for a later search: `spread`, the slowest sites first, in the formats of the dense network."""
+    ms = {row.site: row.ms for row in rows}
+    options = {site.id: candidates(site, methods=asked.methods, lanes=lanes) for site in sites}
+    found = spread(sorted(sites, key=lambda site: -ms[site.id]), options, asked.candidates)
+    return [(site, replace(choice, format=dense.get(site, choice).format)) for site, choice in found]
 
 
 def spread(sites: Sequence[Site], options: Mapping[str, Sequence[Choice]], count: int) -> list[tuple[str, Choice]]:
@@ -272,7 +275,8 @@ def _print_table(rows: Sequence[Timed], peaks: Peaks, asked: ProfileOptions, tar
     )
     gflops = ", ".join(f"{value:.1f} GFLOPS in {format}" for format, value in peaks.gflops.items())
     print(
-        f"peaks of the device: {gflops}, and {peaks.gb_per_s:.1f} GB/s of memory, which what stays in the caches exceeds"
+        f"peaks of the device: {gflops}, and {peaks.gb_per_s:.1f} GB/s of memory, which what stays in the caches "
+        "exceeds"
     )
     worst = _worst(rows, peaks)
     name, above = worst.site or worst.name, worst.above(peaks)

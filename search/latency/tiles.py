@@ -7,7 +7,7 @@ from dataclasses import replace
 from math import prod
 
 from tvm_lowrank.codegen.schedule import Tiling, Workload, default_tiling
-from tvm_lowrank.codegen.units import UNITS
+from tvm_lowrank.codegen.units import UNITS, lanes_of
 
 MAX_CHANNEL_VECTORS = 8
 CHANNELWISE_VECTORS = 2  # there, more of them share nothing
@@ -102,13 +102,14 @@ def tile_cost(tiling: Tiling, space: Workload, lanes: int) -> float:
     accumulators = positions * vectors
     loads = vectors + (accumulators if space.channelwise else positions)
     cycles = max(accumulators, loads, LATENCY) + LOAD_COST * loads * LATENCY
-    return cycles / (accumulators * min(tiling.vector, lanes) * (UNITS[tiling.unit].depth if tiling.unit else 1))
+    at_once = min(tiling.vector, lanes_of(space.format, lanes)) * (UNITS[tiling.unit].depth if tiling.unit else 1)
+    return cycles / (accumulators * at_once)
 
 
 def _instructions(space: Workload, lanes: int) -> list[tuple[str, int]]:
     """The instructions for dot products that a kernel may use, with their lanes; else none, with its vectors."""
     found = [(name, UNITS[name].lanes) for name in space.units if space.group % UNITS[name].lanes == 0]
-    return found or [("", vector) for vector in _vectors(space.group, lanes)]
+    return found or [("", vector) for vector in _vectors(space.group, lanes_of(space.format, lanes))]
 
 
 def _vectors(channels: int, lanes: int) -> list[int]:

@@ -105,11 +105,11 @@ class _Rounded(torch.autograd.Function):
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Numbers rounded to the nearest of another type, in their own; gradients pass as if they were not."""
-    return _Rounded.apply(x, dtype)  # type: ignore[no-any-return]
+    return _Rounded.apply(x, dtype)
 
 
 def _dtype(format: Format | None) -> torch.dtype:
-    return torch.float32 if format is None else getattr(torch, format.name)  # type: ignore[no-any-return]
+    return torch.float32 if format is None else getattr(torch, format.name)
 
 
 class TorchBridge(nn.Module):

@@ -6,10 +6,12 @@ became of every site; ``model.pt2`` and ``model.onnx`` are the compressed networ
 
     schema, versions, model, target, budget (points), input_shape ([N, C, H, W] of the libraries),
     data: {source, mean, std, evaluation_sha256},
-    accuracy (percent): {metric, n, dense, compressed, drop, ci95: [low, high], looks, on_device (of n)},
-    latency_ms: {dense: {median, p10, p90, predicted}, compressed: {…}, threads, batch, how}, speedup,
-    sites: [{id, method, rank, ms, dense_ms, macs, dense_macs, reason,
-             offers: [{method, rank, ms, nats, measured, cost}]}],
+    accuracy (percent): {metric, n, dense, compressed, drop, ci95: [low, high], looks, on_device (of n),
+                         float32 (where dense.so is in other formats): {dense, drop, ci95} from the network as given},
+    latency_ms: {dense: {median, p10, p90, predicted}, compressed: {…}, float32 (as above): {…}, threads, batch, how},
+    speedup (of dense.so),
+    sites: [{id, method, rank, format, ms, dense_ms, dense_format, macs, dense_macs, reason,
+             offers: [{method, rank, format, ms, nats, measured, cost}]}],
     plans (of searches with data): [{plan (as in plan.json), fit, ms (sum of its sites), predicted, damage (nats),
              drop, error, expected (points: counted, their standard error, by the damage)}], in order of evaluation,
     seconds: {phase: s of the last run}, files: {name: SHA-256}

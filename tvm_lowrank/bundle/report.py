@@ -7,6 +7,7 @@ reader's light or dark mode; charts are SVG within the page.
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from tvm_lowrank.bundle.manifest import read_manifest
 from tvm_lowrank.files import write_text
+from tvm_lowrank.formats import FLOAT32
+from tvm_lowrank.plan import Choice, Plan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,6 +56,7 @@ def render(manifest: Mapping[str, Any]) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
     )
+    environment.filters["became"] = became
     sites, plans = manifest["sites"], manifest.get("plans")
     charts = {"sites": bars(sites)}
     if plans and manifest["accuracy"] is not None:
@@ -83,12 +87,11 @@ def bars(sites: Sequence[Mapping[str, Any]]) -> str:
     """Milliseconds of each site, dense and chosen, with its method and rank."""
     figure, axes = _figure(height=0.9 + 0.36 * len(sites))
     for row, site in enumerate(sites):
-        became = "dense" if site["rank"] is None else f"{site['method']} {_rank(site['rank'])}"
         own, dense = site["ms"] or 0.0, site["dense_ms"] or 0.0
         axes.barh(row - 0.18, dense, height=0.34, color=DENSE)
         axes.barh(row + 0.18, own, height=0.34, color=CHOSEN)
         end, beside = (max(own, dense), row), (4, 0)
-        axes.annotate(became, end, beside, textcoords="offset points", va="center", fontsize=8, color=INK)
+        axes.annotate(became(site), end, beside, textcoords="offset points", va="center", fontsize=8, color=INK)
     axes.set_yticks(range(len(sites)), [_short(site["id"]) for site in sites])
     axes.invert_yaxis()
     axes.margins(x=0.3, y=0.02)
@@ -110,8 +113,8 @@ def pareto(plans: Sequence[Mapping[str, Any]], sites: Sequence[Mapping[str, Any]
         if own:
             axes.scatter([p["ms"] for p in own], [p["drop"] for p in own], marker=marker, color=TRIED, label=FITS[fit])
     # of a plan that was fitted in several ways, the best is what was delivered
-    chosen = {s["id"]: {"method": s["method"], "rank": s["rank"]} for s in sites if s["rank"] is not None}
-    same = [plan for plan in plans if plan["plan"].get("sites") == chosen]
+    chosen = {site["id"]: choice for site in sites if (choice := Choice.from_json(site)) != Choice()}
+    same = [plan for plan in plans if Plan.from_json(json.dumps(plan["plan"])) == Plan(chosen)]
     if same:
         best = min(same, key=lambda plan: plan["drop"])
         axes.scatter(
@@ -178,6 +181,13 @@ def _svg(figure: Figure, title: str) -> str:
     return re.sub(
         r'<svg ([^>]*?)width="[^"]*" height="[^"]*"', rf'<svg role="img" aria-label="{title}" \1', svg, count=1
     )
+
+
+def became(site: Mapping[str, Any]) -> str:
+    """What a site of the manifest became, or one of its offers, in a few words."""
+    rank, format = site["rank"], site.get("format", FLOAT32)
+    shape = site["method"] if rank is None else f"{site['method']} {_rank(rank)}"
+    return shape if format == FLOAT32 else f"{shape}, {format}"
 
 
 def _rank(rank: int | Sequence[int]) -> str:

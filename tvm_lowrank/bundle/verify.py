@@ -17,6 +17,7 @@ from tvm_lowrank.data.images import part
 from tvm_lowrank.data.metric import accuracy, evaluate, load_metric, paired_drop
 from tvm_lowrank.data.splits import IN_MEMORY, fingerprint, load_data
 from tvm_lowrank.errors import UserError
+from tvm_lowrank.formats import FLOAT32
 
 # a point is 0.01 of the images: this is far less than one image
 TOLERANCE = 1e-6
@@ -124,12 +125,13 @@ def print_manifest(manifest: Mapping[str, Any]) -> None:
     how = manifest["latency_ms"]["how"]
     table(
         f"sites (times {how})",
-        ("site", "became", "rank", "MACs", "of dense", "ms", "dense ms", "why"),
+        ("site", "became", "rank", "format", "MACs", "of dense", "ms", "dense ms", "why"),
         [
             (
                 site["id"],
                 site["method"],
                 "" if site["rank"] is None else site["rank"],
+                site.get("format", FLOAT32),
                 f"{site['macs'] / 1e6:.1f} M",
                 f"{site['macs'] / site['dense_macs']:.2f}",
                 _ms(site["ms"]),
@@ -154,6 +156,13 @@ def print_manifest(manifest: Mapping[str, Any]) -> None:
         ("images", "dense", "compressed", "drop", "95% interval"),
         [_accuracy(a["n"], a["dense"], a["compressed"], a["drop"], a["ci95"])],
     )
+    if "float32" in a:
+        own = a["float32"]
+        drop, (low, high) = own["drop"], own["ci95"]
+        print(
+            f"from the network as it was given, in float32 ({own['dense']:.2f} %): {drop:+.2f} points "
+            f"({low:+.2f} to {high:+.2f})"
+        )
     if a["on_device"] < a["n"]:
         print(f"{a['on_device']} of the images ran on the device; PyTorch, which agrees with it, computed the others")
 
@@ -219,13 +228,13 @@ def print_frontier(frontier: Mapping[str, Any]) -> None:
 def print_latency(latency_ms: Mapping[str, Any], speedup: float) -> None:
     """A table of the manifest's ``latency_ms`` (milliseconds per call)."""
     threads, batch = latency_ms["threads"], latency_ms["batch"]
+    rows = [("dense", ""), ("compressed", f"{speedup:.2f}")]
+    if FLOAT32 in latency_ms:
+        rows.insert(0, (FLOAT32, f"{latency_ms['dense']['median'] / latency_ms[FLOAT32]['median']:.2f}"))
     table(
         f"latency ({latency_ms['how']}, {threads} thread{'s' if threads != 1 else ''}, batch {batch})",
         ("", "median ms", "10 %", "90 %", "speed-up"),
-        [
-            (name, *(_ms(latency_ms[name][key]) for key in ("median", "p10", "p90")), ratio)
-            for name, ratio in (("dense", ""), ("compressed", f"{speedup:.2f}"))
-        ],
+        [(name, *(_ms(latency_ms[name][key]) for key in ("median", "p10", "p90")), ratio) for name, ratio in rows],
     )
 
 

@@ -28,6 +28,7 @@ REDUCTION = 2  # tvm.tirx.IterVar.CommReduce
 ROOT = "root"
 # annotate the block of a convolution in half precision: its operands' format, and the instructions that it may use
 FORMAT, UNITS = "format", "units"
+PARTIAL = "partial"  # a block of sums of a few products in half precision, which another one adds up
 INTERLEAVED = "interleaved_conv2d_nhwc"  # a block in which neighbouring channels belong to different groups
 # waking a thread takes some microseconds: kernels with less to do stay on one
 PARALLEL_MACS = 2**19
@@ -111,7 +112,8 @@ def workload(func: IRModule) -> Workload | None:
     """The iteration space of a kernel's reduction, or None if it has none or several (elementwise, softmax)."""
     sch = Schedule(func, debug_mask="none")
     blocks = _blocks(sch)
-    reductions = _reductions(sch, blocks)
+    partial = _partial(sch, blocks)
+    reductions = [i for i in _reductions(sch, blocks) if blocks[i] != partial]
     if len(reductions) != 1:
         return None
     block = sch.get(blocks[reductions[0]])
@@ -126,7 +128,10 @@ def workload(func: IRModule) -> Workload | None:
         reduction = (*reduction[:-2], reduction[-2] * reduction[-1])
     group = spatial[-1]
     if "conv2d_nhwc" in str(block.name_hint):
-        data, weight = (region.source for region in block.reads)
+        products = block if partial is None else sch.get(partial)
+        data, weight = (region.source for region in products.reads)
+        if partial is not None:
+            format, reduction = str(products.annotations[FORMAT]), tuple(map(int, weight.shape[:3]))
         groups = int(data.shape[-1]) // int(weight.shape[2])  # NHWC, HWIO
         # in a depthwise convolution every lane reads its own input channel, which is one vector load again
         group = spatial[-1] // groups if groups < spatial[-1] else spatial[-1]
@@ -134,6 +139,11 @@ def workload(func: IRModule) -> Workload | None:
             group = groups
     padded = any(_pads(sch, b) for b in blocks[: reductions[0]])
     return Workload(spatial, reduction, group, padded, format, tuple(filter(None, names.split(","))))
+
+
+def _partial(sch: Schedule, blocks: Sequence[Any]) -> Any:
+    """The block of partial sums in half precision, or None."""
+    return next((block for block in blocks if str(sch.get(block).name_hint) == PARTIAL), None)
 
 
 def _pads(sch: Schedule, block: Any) -> bool:
@@ -147,7 +157,7 @@ def _pads(sch: Schedule, block: Any) -> bool:
 
 def default_tiling(space: Workload, lanes: int) -> Tiling:
     """A reasonable tile for a kernel that was not tuned: two vectors of channels, up to four columns."""
-    vector = largest_divisor(space.group, lanes)
+    vector = largest_divisor(space.group, units.lanes_of(space.format, lanes))
     channels = vector * largest_divisor(space.group // vector, 2)
     unit = next((name for name in space.units if units.UNITS[name].lanes == vector), "")
     tile = [1] * len(space.spatial)
@@ -203,9 +213,10 @@ def apply_default(func: IRModule, *, target: tvm.target.Target, threads: int) ->
 def _tiled(sch: Schedule, tiling: Tiling, *, lanes: int, threads: int) -> Any:
     """Tile a kernel; the loop over the lanes that an instruction for dot products takes the place of, or None."""
     blocks = _blocks(sch)
-    (position,) = _reductions(sch, blocks)
+    partial = _partial(sch, blocks)
+    (position,) = (i for i in _reductions(sch, blocks) if blocks[i] != partial)
     anchor, after = blocks[position], blocks[position + 1 :]
-    before = blocks[:position]
+    before = [block for block in blocks[:position] if block != partial]
     pad = next((block for block in before if _pads(sch, block)), None)
     if pad is None and tiling.unit:
         # an instruction reads its operands as they are: what makes them is done before
@@ -220,7 +231,7 @@ def _tiled(sch: Schedule, tiling: Tiling, *, lanes: int, threads: int) -> Any:
     loops = sch.get_loops(anchor)
     work = prod(int(sch.get(loop).extent) for loop in loops)
     spatial, reduction = loops[: len(tiling.tile)], loops[len(tiling.tile) :]
-    channelwise = _channelwise([int(sch.get(loop).extent) for loop in reduction])
+    channelwise = partial is None and _channelwise([int(sch.get(loop).extent) for loop in reduction])
     outer, inner = [], []
     for loop, factor in zip(spatial, tiling.tile, strict=True):
         if int(sch.get(loop).extent) % factor:
@@ -254,11 +265,25 @@ def _tiled(sch: Schedule, tiling: Tiling, *, lanes: int, threads: int) -> Any:
     if threads > 1 and work >= PARALLEL_MACS:
         parallel = leading or order
         sch.parallel(sch.fuse(*parallel) if len(parallel) > 1 else parallel[0])
+    if partial is not None:
+        _tile_partial(sch, partial, reduction[-1], tiling, len(inner))
     start = sch.decompose_reduction(anchor, sch.get_loops(anchor)[-len(reduction) - len(inner)])
     if not tiling.unit:
         return None
     sch.vectorize(sch.get_loops(start)[-1])
     return lane
+
+
+def _tile_partial(sch: Schedule, block: Any, loop: Any, tiling: Tiling, count: int) -> None:
+    """Compute the partial sums of a tile within a loop over them; the tile has as many loops as ``count``."""
+    sch.compute_at(block, loop, preserve_unit_loops=True)
+    loops = sch.get_loops(block)
+    *spatial, channel, _, _ = loops[-count - 3 : -2]  # then the two of the loops around it, of one step each
+    vectors, lane = sch.split(channel, [None, tiling.vector])
+    columns, inside = loops[-2:]
+    sch.reorder(columns, inside, *spatial, vectors, lane)
+    sch.vectorize(lane)
+    sch.decompose_reduction(block, columns)
 
 
 def _dot(sch: Schedule, lane: Any, unit: units.Unit, target: tvm.target.Target) -> None:

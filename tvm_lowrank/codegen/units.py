@@ -98,6 +98,10 @@ UNITS = {
 """By name."""
 
 
+# features of processors that add and multiply vectors of a format as fast as their bytes are fewer
+ARITHMETIC = {"fullfp16": "float16", "avx512fp16": "float16"}
+
+
 def units_of(target: tvm.target.Target) -> list[Unit]:
     """Those that a target's processor has."""
     features = set(map(str, tvm.target.codegen.llvm_get_cpu_features(target)))
@@ -113,8 +117,17 @@ def usable(units: Iterable[Unit], format: str, *, inner: int, groups: int) -> li
 
 
 def formats_of(target: tvm.target.Target) -> list[Format]:
-    """The formats that a target's processor computes in, float32 first."""
-    return [FORMATS[name] for name in dict.fromkeys([FLOAT32, *(unit.format for unit in units_of(target))])]
+    """The formats that a target's processor computes in faster than in float32, after that."""
+    features = map(str, tvm.target.codegen.llvm_get_cpu_features(target))
+    arithmetic = [ARITHMETIC[feature] for feature in features if feature in ARITHMETIC]
+    dots = [unit.format for unit in units_of(target)]
+    return [FORMATS[name] for name in dict.fromkeys([FLOAT32, *dots, *arithmetic])]
+
+
+def lanes_of(format: str, lanes: int) -> int:
+    """How many numbers are added up at once where a vector has so many ``lanes`` of float32."""
+    found = FORMATS[format]
+    return lanes if found.summed == 1 else lanes * FORMATS[FLOAT32].bytes // found.bytes
 
 
 @cache

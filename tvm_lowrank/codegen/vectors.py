@@ -20,9 +20,9 @@ from tvm.relax.analysis import free_vars
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from tvm_lowrank.codegen.rounding import constant, widened
-from tvm_lowrank.codegen.schedule import FORMAT, INTERLEAVED, UNITS, largest_divisor, target_lanes
-from tvm_lowrank.codegen.units import Unit, units_of, usable
-from tvm_lowrank.formats import FLOAT32
+from tvm_lowrank.codegen.schedule import FORMAT, INTERLEAVED, PARTIAL, UNITS, largest_divisor, target_lanes
+from tvm_lowrank.codegen.units import Unit, lanes_of, units_of, usable
+from tvm_lowrank.formats import FLOAT32, FORMATS
 
 CONV2D = Op.get("relax.nn.conv2d")
 FUSES_ELEMENTWISE = 4  # OpPatternKind kOutEWiseFusable
@@ -47,7 +47,7 @@ def conv2d(target: tvm.target.Target) -> Callable[[relax.BlockBuilder, relax.Cal
         if format != FLOAT32:
             inner, groups = int(weight.ty.shape[2]), int(call.attrs.groups)
             units = usable(units_of(target), format, inner=inner, groups=groups)
-            filled = _filled(call, lanes, max((unit.depth for unit in units), default=1))
+            filled = _filled(call, lanes_of(format, lanes), max((unit.depth for unit in units), default=1))
             return _call(builder, partial(_rounded, call, format, units), data, filled)
         channels = int(weight.ty.shape[-1])  # HWIO
         missing = computed_channels(channels, int(call.attrs.groups), lanes) - channels
@@ -165,30 +165,59 @@ def _filled(call: relax.Call, lanes: int, depth: int) -> GenericConst:
 
 
 def _rounded(call: relax.Call, format: str, units: Sequence[Unit], x: te.Tensor, weight: te.Tensor) -> te.Tensor:
-    """Convolution of operands in half precision, added up in float32; the innermost axis is that of a dot product."""
+    """Convolution of operands in half precision, added up in float32.
+
+    The innermost axis is that of a dot product; in formats that add up some products themselves, what they add up is a
+    block of its own.
+    """
     groups, geometry = int(call.attrs.groups), _geometry(call)
-    depth = max((unit.depth for unit in units), default=1)
     (stride, column_stride), (dilation, column_dilation) = geometry["strides"], geometry["dilation"]
     top, left, bottom, right = geometry["padding"]
-    inner, computed = (int(extent) for extent in weight.shape[2:])
+    height, width, inner, computed = (int(extent) for extent in weight.shape)
     missing = inner * groups - int(x.shape[-1])
     padded = x
     if any((top, left, bottom, right, missing)):
-        padded = topi.nn.pad(x, (0, top, left, 0), (0, bottom, right, missing), tirx.const(0, x.dtype), "pad_temp")
-    rows, columns, steps, inside = (
-        te.reduce_axis((0, extent)) for extent in (*weight.shape[:2], inner // depth, depth)
-    )
+        after = (0, bottom, right, missing)
+        padded = topi.nn.pad(x, (0, top, left, 0), after, tirx.const(0, x.dtype), "pad_temp")
     shape = [int(extent) for extent in call.ty.shape]
 
-    def output(n: Any, h: Any, w: Any, c: Any) -> Any:
-        row, column = h * stride + rows * dilation, w * column_stride + columns * column_dilation
-        channel = steps * depth + inside
+    def operands(at: Sequence[Any], row: Any, column: Any, channel: Any) -> tuple[Any, Any]:
+        n, h, w, c = at
         group = c // (computed // groups) * inner if groups > 1 else 0
-        left, right = padded[n, row, column, group + channel], weight[rows, columns, channel, c]
-        return te.sum(widened(left, format) * widened(right, format), axis=[rows, columns, steps, inside])
+        place = n, h * stride + row * dilation, w * column_stride + column * column_dilation
+        return padded[(*place, group + channel)], weight[row, column, channel, c]
 
-    attrs = {FORMAT: format, UNITS: ",".join(unit.name for unit in units)}
-    conv = te.compute((*shape[:-1], computed), output, name="conv2d_nhwc", attrs=attrs)
+    def dot() -> te.Tensor:
+        depth = max((unit.depth for unit in units), default=1)
+        rows, columns, steps, inside = (te.reduce_axis((0, n)) for n in (height, width, inner // depth, depth))
+
+        def product(*at: Any) -> Any:
+            one, other = operands(at, rows, columns, steps * depth + inside)
+            return te.sum(widened(one, format) * widened(other, format), axis=[rows, columns, steps, inside])
+
+        attrs = {FORMAT: format, UNITS: ",".join(unit.name for unit in units)}
+        return te.compute((*shape[:-1], computed), product, name="conv2d_nhwc", attrs=attrs)
+
+    def in_blocks(most: int) -> te.Tensor:
+        block = largest_divisor(inner, max(1, most // width))
+        columns, inside = te.reduce_axis((0, width)), te.reduce_axis((0, block))
+        rows, blocks = te.reduce_axis((0, height)), te.reduce_axis((0, inner // block))
+
+        def product(*at: Any) -> Any:
+            *place, row, number = at
+            one, other = operands(place, row, columns, number * block + inside)
+            return te.sum(one * other, axis=[columns, inside])
+
+        partial_shape = (*shape[:-1], computed, height, inner // block)
+        part = te.compute(partial_shape, product, name=PARTIAL, attrs={FORMAT: format})
+        return te.compute(
+            (*shape[:-1], computed),
+            lambda *at: te.sum(part[(*at, rows, blocks)].astype(FLOAT32), axis=[rows, blocks]),
+            name="conv2d_nhwc",
+        )
+
+    summed = FORMATS[format].summed
+    conv = dot() if summed == 1 else in_blocks(summed)
     if computed == shape[-1]:
         return conv
     return te.compute(shape, lambda *index: conv[index], name="valid")

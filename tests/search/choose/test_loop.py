@@ -43,6 +43,7 @@ class Landscape(Search):
         settings: Any = SimpleNamespace(budget=budget, deadline=np.inf, confident=False)
         splits: Any = SimpleNamespace(selection=(None, np.zeros(IMAGES)))
         self.settings, self.splits = settings, splits
+        self.times: Any = SimpleNamespace(rest=lambda: None)
         self.rate, self.slope, self.cost, self.noise = rate, slope, cost, noise
         self.error = 0.4  # as it is reported, points
         self._rate, self._recovery = Rate(), Recovery(1.0)
@@ -148,6 +149,7 @@ class Evaluating(Search):
         self.splits = splits
         self.seconds, self._rate, self._recovery = {}, Rate(), Recovery(1.0)
         self.settings: Any = SimpleNamespace(seed=0)
+        self.times: Any = SimpleNamespace(rest=lambda: None)
 
     def _answers(self, mod: Any) -> np.ndarray:
         plan, fit = mod
@@ -253,6 +255,9 @@ class MacTimes:
 
     def measure(self, wanted: Any, check: Any) -> None:
         check()
+
+    def fastest_dense(self, _formats: Any) -> Plan:
+        return Plan()
 
     def rest(self) -> None:
         pass

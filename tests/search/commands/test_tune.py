@@ -27,6 +27,7 @@ from tvm_lowrank.importers.importer import import_model
 from tvm_lowrank.methods import ConvSpec
 from tvm_lowrank.options import DEFAULT_METHODS, ProfileOptions
 from tvm_lowrank.plan import Choice
+from tvm_lowrank.precision import possible, with_formats
 from tvm_lowrank.searching.candidates import candidates, site_macs
 from tvm_lowrank.searching.commands import tune
 from tvm_lowrank.searching.commands.inputs import Inputs
@@ -88,7 +89,15 @@ def one_line_error(done: Done, *named: str) -> None:
 
 def entry(key: str, *, trials: int = 4, ms: float = 1.0) -> Entry:
     conv = Convolution.from_json(
-        {"spatial": [1, 8, 8, 16], "reduction": [3, 3, 16], "group": 16, "padded": True, "input_bytes": 4096}
+        {
+            "spatial": [1, 8, 8, 16],
+            "reduction": [3, 3, 16],
+            "group": 16,
+            "padded": True,
+            "format": "float32",
+            "units": [],
+            "input_bytes": 4096,
+        }
     )
     tiling = Tiling((1, 1, 4, 16), 16)
     return Entry(key, f"conv {key}", Latency(ms, ms, ms / 3 + ms), tiling, trials, conv, {tiling: ms})
@@ -130,12 +139,13 @@ def measured_by_a_search(root: Path, cache: Path, count: int) -> int:
     bench = FakeBench()
     mod = import_model(f"{root / 'net.py'}:build", input_shape=(1, 3, 8, 8))
     sites = find_sites(mod)
-    options = {site.id: candidates(site, methods=DEFAULT_METHODS, lanes=PROFILE.lanes) for site in sites}
     with LatencyOracle(PROFILE, cache_dir=cache, trials=1, bench=bench) as oracle:
         times = SiteTimes(mod, sites, oracle, batch=1)
-        times.measure_others()
-        dense = {row.site: row.ms for row in tune.timed_kernels(mod, oracle, batch=1)}
-        times.measure(tune.spread(sorted(sites, key=lambda site: -dense[site.id]), options, count))
+        dense = times.fastest_dense(lambda site: possible(site.spec, PROFILE.formats))
+        times.measure_others(dense)
+        rows = tune.timed_kernels(with_formats(mod, dense.formats), oracle, batch=1)
+        asked = ProfileOptions(model="net.py:build", candidates=count)
+        times.measure(tune.likeliest(sites, rows, dense, asked, lanes=PROFILE.lanes))
     return bench.timed
 
 
@@ -361,7 +371,7 @@ def test_profile_prints_a_table(folder: Path, tmp_path: Path, run: Run, monkeypa
     assert done.returncode == 0, done.stderr
     title, _, columns, *rows = done.stdout.splitlines()
     assert title.split()[:3] == ["net.py:build", "on", "x86,"]
-    assert columns.split()[:2] == ["kernel", "ms"]
+    assert columns.split()[:3] == ["kernel", "format", "ms"]
     names = [row.split()[0] for row in rows if row.startswith("  ") and row.strip()]
     assert [name for name in names if name.isdigit()] == ["0", "2", "4", "7"] and names[-1] == "total"
     assert rows[-1].startswith("most worth improving: ") and "peaks of the device" in rows[-2]
