@@ -109,7 +109,8 @@ def test_float16_on_arm_is_computed_with_as_many_lanes_and_nothing_is_converted_
         func = RemoveWeightLayoutRewriteBlock(skip_tensor_rewrite=True)(
             schedule.apply(kernel.func, tiling, target=target, threads=1)
         )
-        code = tvm.tirx.build(func, target=target).imports[0].inspect_source("asm")
+        library = tvm.tirx.build(func, target=target)
+        code = [*library.imports, library][0].inspect_source("asm")
         counts[format] = {kind: len(re.findall(rf"fmla\s+v\d+\.{kind}", code)) for kind in ("4s", "8h")}
     assert counts["float32"]["8h"] == 0 < counts["float32"]["4s"]
     assert counts["float16"]["4s"] == 0 < counts["float16"]["8h"]

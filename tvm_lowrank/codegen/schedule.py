@@ -251,6 +251,8 @@ def _tiled(sch: Schedule, tiling: Tiling, *, lanes: int, threads: int) -> Any:
         leading, head = [head[0], stripes], [rows, *head[2:]]
     order = [*leading, channel, *head] if tiling.channels_first else [*leading, *head, channel]
     sch.reorder(*order, *reduction, *inner)
+    if partial is not None:
+        _tile_partial(sch, partial, reduction[-1], tiling, len(inner))
     if leading and tiling.channels_first and channelwise:
         leading.append(channel)
     if leading:
@@ -265,8 +267,6 @@ def _tiled(sch: Schedule, tiling: Tiling, *, lanes: int, threads: int) -> Any:
     if threads > 1 and work >= PARALLEL_MACS:
         parallel = leading or order
         sch.parallel(sch.fuse(*parallel) if len(parallel) > 1 else parallel[0])
-    if partial is not None:
-        _tile_partial(sch, partial, reduction[-1], tiling, len(inner))
     start = sch.decompose_reduction(anchor, sch.get_loops(anchor)[-len(reduction) - len(inner)])
     if not tiling.unit:
         return None
