@@ -22,6 +22,7 @@ from tvm import relax, rpc, te
 
 from tvm_lowrank.codegen.link import export_library
 from tvm_lowrank.codegen.lower import build, lower
+from tvm_lowrank.codegen.processor import check
 from tvm_lowrank.targets import tracker
 from tvm_lowrank.targets.profile import Profile
 
@@ -113,6 +114,9 @@ def _convolution() -> tvm.ir.IRModule:
 
 def _examine(folder: Path, board: Board | None, say: Callable[..., None]) -> None:
     say(doing="taking a board")
+    if board is None:
+        for library in folder.glob("*.so"):
+            check(library)
     session = rpc.LocalSession() if board is None else _connect(board, say)
     say(connected=True, doing="asking for its version")
     try:

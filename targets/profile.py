@@ -13,6 +13,7 @@ from typing import Any
 import tvm
 from tvm.target import codegen
 
+from tvm_lowrank.codegen.processor import arch_of, without_missing
 from tvm_lowrank.codegen.schedule import target_lanes
 from tvm_lowrank.codegen.units import formats_of
 from tvm_lowrank.errors import UserError
@@ -162,9 +163,12 @@ def load_profile(name: str) -> Profile:
 def _profile(name: str, document: dict[str, Any]) -> Profile:
     _check_names(document)
     target, vector, link = dict(document["target"]), document["vector"], document.get("link", {})
+    detected = target.get("mcpu") == HOST and not os.environ.get("TVM_LOWRANK_HOST_CPU")
     if target.get("mcpu") == HOST:
         target["mcpu"] = os.environ.get("TVM_LOWRANK_HOST_CPU") or codegen.llvm_get_system_cpu()
     _check_code(target)
+    if detected:
+        target = without_missing(target)
     made = tvm.target.Target(target)
     lanes, registers, cores = vector["lanes"], vector["registers"], document.get("cores", 1)
     if lanes == DETECT:
@@ -218,12 +222,6 @@ def _check_code(target: dict[str, Any]) -> None:
         one = tvm.target.Target({**target, "mattr": [f"+{feature[1:]}"]})
         if feature[1:] not in codegen.llvm_get_cpu_features(one):
             raise ValueError(f"'target.mattr' has {feature[1:]!r}, which is no feature of {triple}")
-
-
-def arch_of(triple: str) -> str:
-    """The architecture of a triple, in the words of `tvm_lowrank.targets.toolchain`."""
-    first = triple.split("-")[0]
-    return "armv7" if first.startswith("arm") else first
 
 
 def _text(section: dict[str, Any], name: str) -> str:

@@ -19,10 +19,11 @@ from tvm_lowrank.targets.toolchain import (
 )
 
 SOURCES = Path(__file__).parent / "device"
+SHARED = Path(__file__).parent.parent / "bundle" / "runtime" / "needs.h"  # with the C interface of bundles
 PROGRAM = "server"
 FLAGS = ("-std=c++17", "-O1")
 # the static registration of functions in TVM's libraries is all that is used of them: no symbol asks for them
-LINK = ("-Wl,--no-as-needed", "-ltvm_runtime", "-ltvm_runtime_extra", "-ltvm_ffi")
+LINK = ("-Wl,--no-as-needed", "-ltvm_runtime", "-ltvm_runtime_extra", "-ltvm_ffi", "-ldl")
 # next to the program, whatever the folder is called on the device
 LOAD = ("-Wl,-rpath,$ORIGIN", "-Wl,--allow-shlib-undefined")
 
@@ -55,7 +56,8 @@ def build_server(arch: str, *, cache_dir: Path) -> Path:
 def _compile(compiler: str, folder: Path) -> None:
     definition = f'-DTVM_VERSION="{tvm_versions()["apache-tvm"]}"'
     sources = [str(path) for path in sorted(SOURCES.glob("*.cc"))]
-    command = [compiler, *FLAGS, definition, f"-I{include_folder()}", *sources, "-o", str(folder / PROGRAM)]
+    include = [f"-I{include_folder()}", f"-I{SHARED.parent}"]
+    command = [compiler, *FLAGS, definition, *include, *sources, "-o", str(folder / PROGRAM)]
     done = subprocess.run([*command, f"-L{folder}", *LINK, *LOAD], capture_output=True, text=True)
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["?"]
@@ -66,6 +68,6 @@ def _digest(compiler: str) -> str:
     """Names everything that the program is made of."""
     about = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     digest = hashlib.sha256(repr([compiler, about, FLAGS, LINK, LOAD, tvm_versions()]).encode())
-    for path in sorted(SOURCES.iterdir()):
+    for path in (*sorted(SOURCES.iterdir()), SHARED):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]

@@ -14,6 +14,8 @@ PACKAGES = {
     "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu",
     "arm-linux-gnueabihf-g++": "g++-arm-linux-gnueabihf",
     "qemu-aarch64-static": "qemu-user-static",
+    "qemu-arm-static": "qemu-user-static",
+    "qemu-x86_64-static": "qemu-user-static",
     "clang": "clang",
     "ld.lld": "lld",
     "javac": "default-jdk-headless",

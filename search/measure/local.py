@@ -13,6 +13,7 @@ from typing import Any
 
 import tvm
 
+from tvm_lowrank.codegen.processor import check
 from tvm_lowrank.errors import MeasurementError, UserError
 from tvm_lowrank.searching.measure.bench import (
     BUILD_TIMEOUT,
@@ -124,7 +125,12 @@ def measure_interleaved(
     ------
     TrialError
         If a model cannot be loaded or run; the message names it.
+    UserError
+        If this processor lacks features that a library needs.
     """
+    for model in models.values():
+        if isinstance(model, str | Path):
+            check(Path(model))
     worker = Worker(threads=threads)
     times: dict[str, list[float]] = {name: [] for name in models}
     with tempfile.TemporaryDirectory() as folder:

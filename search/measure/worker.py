@@ -13,8 +13,10 @@ import pickle
 import signal
 import struct
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import IO, Any
 
 HEADER = struct.Struct("<Q")
@@ -91,9 +93,11 @@ class Session:
         import numpy as np
         import tvm
 
+        from tvm_lowrank.codegen.processor import needs_of_module, require
         from tvm_lowrank.codegen.rounding import as_kept
 
         library, parameters = compiled(source, tiling, target, threads)
+        require(needs_of_module(library), "the kernel")
         generator = np.random.default_rng(0)
         arguments = [
             tvm.runtime.tensor(as_kept(generator.random(shape, dtype=np.float32), dtype)) for shape, dtype in parameters
@@ -114,8 +118,12 @@ class Session:
         """Schedule and compile a kernel to a shared library for another machine; what its ``main`` takes."""
         from tvm.support.cc import cross_compiler
 
+        from tvm_lowrank.codegen.link import needs_source
+
         library, parameters = compiled(source, tiling, target, threads)
-        library.export_library(path, fcompile=cross_compiler(compiler, list(options)))
+        with tempfile.TemporaryDirectory() as folder:
+            addons = [needs_source(library, Path(folder))]
+            library.export_library(path, fcompile=cross_compiler(compiler, list(options)), addons=addons)
         return parameters
 
     def load(self, handle: int, path: str, x: Any) -> None:
@@ -123,6 +131,9 @@ class Session:
         import tvm
         from tvm import relax
 
+        from tvm_lowrank.codegen.processor import check
+
+        check(Path(path))
         vm = relax.VirtualMachine(tvm.runtime.load_module(path), tvm.cpu())
         argument = tvm.runtime.tensor(x)
         vm["main"](argument)

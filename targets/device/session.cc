@@ -14,6 +14,7 @@
 #include <iostream>
 
 #include "device_info.h"
+#include "needs.h"
 
 namespace device {
 namespace {
@@ -69,6 +70,8 @@ Module Load(const std::string& path) {
   if (!fs::exists(path)) {
     TVM_FFI_THROW(ValueError) << fs::path(path).filename() << " was not uploaded in this session";
   }
+  std::string reason = tlr::WhyNot(path);
+  if (!reason.empty()) TVM_FFI_THROW(ValueError) << fs::path(path).filename() << " " << reason;
   return Module::LoadFromFile(path);
 }
 

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,11 +11,13 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import tvm
-from tvm import rpc
+from tvm import rpc, te
 
+from tvm_lowrank.codegen.link import export_library
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.targets import emulate
 from tvm_lowrank.targets.server import build_server
@@ -60,9 +63,9 @@ def registered(port, key):
 
 
 @contextmanager
-def serving(program, tracker, key, *options, work_dir=None):
+def serving(program, tracker, key, *options, work_dir=None, emulator=()):
     """A registered server; yields its process and its port."""
-    command = [program, "--tracker", f"{HOST}:{tracker}", "--key", key, "--port", "0", *options]
+    command = [*emulator, program, "--tracker", f"{HOST}:{tracker}", "--key", key, "--port", "0", *options]
     if work_dir is not None:
         command += ["--work-dir", work_dir]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -186,6 +189,34 @@ def test_large_upload_and_unlinked_module_are_refused(program, tracker, tmp_path
             session.load_module("model.tar")
         with pytest.raises(Exception, match="was not uploaded"):
             session.load_module("missing.so")
+
+
+@pytest.mark.needs("qemu-x86_64-static")
+@pytest.mark.skipif(ARCH != "x86_64", reason="needs a server for x86-64")
+def test_library_for_another_processor_is_refused(program, tracker, tmp_path):
+    def module(cpu):
+        a, b = (te.placeholder((64,), name=name) for name in "ab")
+        func = te.create_prim_func([a, b, te.compute((64,), lambda i: a[i] + b[i])]).with_attr("global_symbol", "main")
+        goal = tvm.target.Target({"kind": "llvm", "mcpu": cpu, "mattr": ["-prefer-256-bit"]})
+        return tvm.tirx.build(tvm.IRModule({"main": func}), target=goal)
+
+    export_library(module("skylake-avx512"), tmp_path / "new.so")
+    export_library(module("haswell"), tmp_path / "old.so")
+    module("skylake-avx512").export_library(str(tmp_path / "silent.so"))
+    with serving(program, tracker, "older", emulator=(shutil.which("qemu-x86_64-static"), "-cpu", "Haswell")):
+        session = request(tracker, "older")
+        for name in ("new.so", "old.so", "silent.so"):
+            session.upload(str(tmp_path / name), name)
+        with pytest.raises(
+            Exception, match=r"new\.so.* needs a processor with avx512f, .*, which this one does not have"
+        ):
+            session.load_module("new.so")
+        values = [tvm.runtime.tensor(np.ones(64, "float32"), session.cpu()) for _ in range(3)]
+        session.load_module("old.so")["main"](*values)
+        assert values[2].numpy().tolist() == [2.0] * 64
+        silent = session.load_module("silent.so")["main"]  # so the test could fail
+        with pytest.raises(Exception, match="session crashed: Illegal instruction"):
+            silent(*values)
 
 
 def test_server_outlives_its_tracker(program):

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tvm_lowrank.bundle.manifest import MANIFEST, read_manifest, sha256
+from tvm_lowrank.codegen.processor import check
 from tvm_lowrank.errors import UserError
 
 Which = Literal["model", "dense"]
@@ -26,7 +27,7 @@ class CompiledModel:
     def __init__(
         self, path: Path, input_shape: tuple[int, int, int, int], *, manifest: Mapping[str, Any] | None = None
     ) -> None:
-        """``input_shape`` is the library's (N, C, H, W). Raises UserError if the library cannot be loaded."""
+        """``input_shape`` is the library's (N, C, H, W). Raises UserError if the library cannot be loaded or run."""
         self.path = path
         self.input_shape = input_shape
         self.manifest = dict(manifest or {})
@@ -58,7 +59,8 @@ def load(directory: str | Path, *, which: Which = "model", threads: int | None =
     Raises
     ------
     UserError
-        If the bundle is incomplete, damaged, or built for another kind of machine.
+        If the bundle is incomplete, damaged, or built for another kind of machine; where only features of the
+        processor are missing, it names them.
     """
     folder = Path(directory)
     manifest = read_manifest(folder)
@@ -98,6 +100,7 @@ def _open_library(path: Path) -> Callable[[np.ndarray], np.ndarray]:
     import tvm_ffi
     from tvm import relax
 
+    check(path)
     try:
         # The system's loader answers a path that it has seen in this process with the library that was there then,
         # even if another one has taken its place. A link with a new name makes it look (tvm.runtime.load_module

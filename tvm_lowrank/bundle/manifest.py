@@ -14,7 +14,9 @@ became of every site; ``model.pt2`` and ``model.onnx`` are the compressed networ
              offers: [{method, rank, format, ms, nats, measured, cost}]}],
     plans (of searches with data): [{plan (as in plan.json), fit, ms (sum of its sites), predicted, damage (nats),
              drop, error, expected (points: counted, their standard error, by the damage)}], in order of evaluation,
-    seconds: {phase: s of the last run}, files: {name: SHA-256}
+    seconds: {phase: s of the last run}, files: {name: SHA-256},
+    processor (not in old bundles): {arch, features}, what the code needs beyond what all processors of the architecture
+        have, in the words of /proc/cpuinfo; the libraries say it, too, and loaders refuse them where it is missing
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from typing import Any
 
 import numpy as np
 
+from tvm_lowrank.codegen.processor import read
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.files import write_text
 
@@ -92,7 +95,7 @@ def versions() -> dict[str, str]:
 
 
 def write_manifest(out: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Complete a manifest with its schema, versions and the files' hashes, write it, and return it.
+    """Complete a manifest with its schema, versions, the processor and the files' hashes, write it, and return it.
 
     It is written last: a bundle with a manifest is a finished bundle.
 
@@ -104,7 +107,9 @@ def write_manifest(out: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
         If the file cannot be written.
     """
     hashes = {name: sha256(out / name) for name in FILES if (out / name).is_file()}
-    complete = {"versions": versions(), **manifest, "schema": SCHEMA, "files": hashes}
+    needs = read(out / "model.so") if "model.so" in hashes else None
+    processor = {} if needs is None else {"processor": {"arch": needs.arch, "features": sorted(needs.features)}}
+    complete = {"versions": versions(), **manifest, **processor, "schema": SCHEMA, "files": hashes}
     missing = _missing_key(complete)
     if missing:
         raise ValueError(f"the manifest has no {missing}")

@@ -17,6 +17,7 @@ from pathlib import Path
 from tvm_lowrank import console
 from tvm_lowrank.bundle.library import library
 from tvm_lowrank.bundle.manifest import MANIFEST, PORTABLE, prepare_out, read_manifest, sha256
+from tvm_lowrank.codegen.processor import arch_of
 from tvm_lowrank.errors import MeasurementError, UserError
 from tvm_lowrank.files import copy, write_text
 
@@ -26,7 +27,7 @@ RUNTIME = ("libtvm_runtime.so", "libtvm_ffi.so")
 SUMS = "SHA256SUMS"
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall")
 # nothing names a symbol of TVM's runtime: it is there for the functions that it registers when it is loaded
-LINK = ("-Wl,--no-as-needed", "-ltvm_runtime", "-ltvm_ffi", "-Wl,-rpath,$ORIGIN", "-Wl,--allow-shlib-undefined")
+LINK = ("-Wl,--no-as-needed", "-ltvm_runtime", "-ltvm_ffi", "-ldl", "-Wl,-rpath,$ORIGIN", "-Wl,--allow-shlib-undefined")
 
 
 def package(bundle: Path, out: Path, *, with_runtime: bool, cache_dir: Path, force: bool = False) -> Path:
@@ -62,7 +63,6 @@ def package(bundle: Path, out: Path, *, with_runtime: bool, cache_dir: Path, for
 
 
 def _arch_of(manifest: dict[str, object]) -> str:
-    from tvm_lowrank.targets.profile import arch_of
     from tvm_lowrank.targets.toolchain import host_arch
 
     target = manifest["target"]

@@ -8,8 +8,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tvm.runtime import Executable
+from tvm.runtime import Executable, Module
 
+from tvm_lowrank.codegen.processor import c_source, needs_of_module
 from tvm_lowrank.errors import UserError
 
 
@@ -30,8 +31,18 @@ def find_compiler(cc: str | None = None) -> str:
     return str(compiler)
 
 
+def needs_source(compiled: Executable | Module, folder: Path) -> str:
+    """Write the C source of what compiled code needs of a processor, to be linked with it; its path."""
+    path = folder / "needs.c"
+    module = compiled.mod if isinstance(compiled, Executable) else compiled
+    path.write_text(c_source(needs_of_module(module)))
+    return str(path)
+
+
 def export_library(executable: Executable, path: Path, *, cc: str | None = None, options: Sequence[str] = ()) -> None:
     """Link a compiled module to the shared library ``path``; ``cc`` is the C++ compiler of the target.
+
+    The library says what it needs of a processor.
 
     Raises
     ------
@@ -42,7 +53,8 @@ def export_library(executable: Executable, path: Path, *, cc: str | None = None,
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
             linked = Path(folder) / path.name
-            executable.export_library(str(linked), cc=compiler, options=list(options))
+            addons = [needs_source(executable, Path(folder))]
+            executable.export_library(str(linked), cc=compiler, options=list(options), addons=addons)
             os.replace(linked, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; make room or choose another --out") from error

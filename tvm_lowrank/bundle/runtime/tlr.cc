@@ -18,6 +18,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "needs.h"
 #include "sha256.h"
 
 namespace {
@@ -165,8 +166,10 @@ struct tlr_model {
   tlr_model(const std::string& folder, const std::string& name, int threads) : manifest(folder) {
     std::string path = folder + "/" + name;
     CheckLibrary(path, manifest.Hash(name));
-    if (threads > 0) UseThreads(threads);
     if (path.find('/') != 0) path = "./" + path;  // without a slash, the loader would look elsewhere
+    std::string reason = tlr::WhyNot(path);
+    if (!reason.empty()) throw Failure(path + " " + reason);
+    if (threads > 0) UseThreads(threads);
     try {
       library = Module::LoadFromFile(path);
       machine = Get(*library, "vm_load_executable")().cast<Module>();

@@ -8,8 +8,9 @@
  * at a time (tlr_input_shape(model)[0]); tlr_run takes any number and calls it as often as that needs.
  *
  * A function that fails returns NULL or a value other than 0, and tlr_error() says why in one line. No input makes it
- * crash: files are compared with the checksums of the manifest before any of their code is loaded. (Checksums find
- * damage, not malice: whoever can write the bundle can run code in the process that loads it.)
+ * crash: files are compared with the checksums of the manifest before any of their code is loaded, and features that the
+ * processor lacks are named before any is run. (Checksums find damage, not malice: whoever can write the bundle can run
+ * code in the process that loads it.)
  *
  * A model is used by one thread at a time; several threads load a model each.
  */
