@@ -46,7 +46,7 @@ def splits(net: nn.Module) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     net, cache = network(), tmp_path_factory.mktemp("cache")
-    return {"model": net, "input_shape": SHAPE, "trials": 1, "cache": cache}
+    return {"model": net, "input_shape": SHAPE, "trials": 1, "cache": cache, "precision": "float32"}
 
 
 def same(out: Path, net: nn.Module, *, tolerance: float = 1e-4) -> bool:
