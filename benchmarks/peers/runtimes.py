@@ -2,7 +2,7 @@
 
 `RUNTIMES` open a network in a runtime; `FILES` make what a runtime reads from the ONNX file of the dense network. A
 new peer is an entry in one or both, and a row in `PEERS` of `against_peers.py`. Inputs and outputs stay in the
-runtime's own memory while the clock runs, but MNN's input. Nothing here imports PyTorch.
+runtime's own memory while the clock runs, but for MNN's input. Nothing here imports PyTorch.
 """
 
 from __future__ import annotations
@@ -141,6 +141,9 @@ def tvm_lowrank(path: Path, x: np.ndarray, threads: int, options: Mapping[str, A
     import tvm
     from tvm import relax
 
+    from tvm_lowrank.codegen.processor import check
+
+    check(path)  # which also asks for tiles, where the library needs them
     main = relax.VirtualMachine(tvm.runtime.load_module(str(path)), tvm.cpu())["main"]
     argument, last = tvm.runtime.tensor(x), []
 
