@@ -1,0 +1,1 @@
+"""What `against_peers.py` consists of."""
