@@ -210,7 +210,7 @@ class Search:
             with console.timed(self.seconds, KERNELS):
                 return self.times.fastest_dense(self.formats).to_json()
 
-        return Plan.from_json(self.journal.once("dense", "formats", find))
+        return Plan.from_json(self.journal.once("formats", "dense", find))
 
     def options(self, damage: Mapping[str, Mapping[Choice, float]] | None = None) -> dict[str, list[Option]]:
         """Time and damage of everything that each site may become; times that were not measured are optimistic.

@@ -129,7 +129,7 @@ def measure_interleaved(
         If this processor lacks features that a library needs.
     """
     for model in models.values():
-        if isinstance(model, str | Path):
+        if isinstance(model, str | Path) and Path(model).is_file():
             check(Path(model))
     worker = Worker(threads=threads)
     times: dict[str, list[float]] = {name: [] for name in models}
