@@ -54,6 +54,11 @@ class Choice:
         return cls(entry["method"], tuple(rank) if isinstance(rank, list) else rank, entry.get("format", FLOAT32))
 
 
+def formats_in(plan: Mapping[str, Choice]) -> dict[str, str]:
+    """Site to the name of its format, also where it is float32, as `tvm_lowrank.precision.with_formats` takes them."""
+    return {site: choice.format for site, choice in plan.items()}
+
+
 @dataclass(frozen=True)
 class Plan(Mapping[str, Choice]):
     """Site id to choice; sites that are not named stay dense, in float32."""
@@ -71,8 +76,8 @@ class Plan(Mapping[str, Choice]):
 
     @property
     def formats(self) -> dict[str, str]:
-        """Site to the name of its format, as `tvm_lowrank.precision.with_formats` takes them."""
-        return {site: choice.format for site, choice in self.choices.items() if choice.format != FLOAT32}
+        """Site to the name of its format, where that is not float32."""
+        return {site: format for site, format in formats_in(self).items() if format != FLOAT32}
 
     @property
     def decomposed(self) -> Plan:

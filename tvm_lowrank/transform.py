@@ -13,7 +13,7 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from tvm_lowrank.graph import bias_adds, bindings, conv_spec, factor_names, find_sites, is_site
 from tvm_lowrank.methods import METHODS, AnyMoments, Chain, Conv, decompose
-from tvm_lowrank.plan import DENSE, Choice, Plan
+from tvm_lowrank.plan import DENSE, Choice, Plan, formats_in
 from tvm_lowrank.precision import with_formats
 
 
@@ -118,8 +118,7 @@ def shape_chains(mod: IRModule, plan: Mapping[str, Choice], *, name: str = "main
 
 def shaped(mod: IRModule, plan: Mapping[str, Choice], *, name: str = "main") -> IRModule:
     """The module under a plan, with `shape_chains`."""
-    formats = {site: choice.format for site, choice in plan.items()}
-    return replace_sites(mod, shape_chains(mod, plan, name=name), formats=formats, name=name)
+    return replace_sites(mod, shape_chains(mod, plan, name=name), formats=formats_in(plan), name=name)
 
 
 @tvm.transform.module_pass(opt_level=0, name="DecomposeConv2D")
@@ -167,8 +166,7 @@ class DecomposeConv2D:
                     chains[id] = decompose(site.weight, site.spec, **recipe)  # type: ignore[arg-type]
                 except ValueError as error:
                     raise ValueError(f"site {id!r}: {error}") from error
-        formats = {id: choice.format for id, choice in self.plan.items()}
-        return replace_sites(mod, chains, formats=formats, name=self.name)
+        return replace_sites(mod, chains, formats=formats_in(self.plan), name=self.name)
 
 
 @relax.register_pipeline("tvm_lowrank")

@@ -20,7 +20,7 @@ from tvm_lowrank.data.training_data import Batches
 from tvm_lowrank.errors import TimeUp
 from tvm_lowrank.graph import find_sites
 from tvm_lowrank.methods import Chain
-from tvm_lowrank.plan import Choice, Plan
+from tvm_lowrank.plan import Choice, Plan, formats_in
 from tvm_lowrank.searching.choose.fitted import FittedNetworks
 from tvm_lowrank.searching.choose.sensitivity import Sensitivity
 from tvm_lowrank.searching.fit.finetune import Judged, Settings, finetune
@@ -182,7 +182,7 @@ class Networks:
         self, network: IRModule, plan: Mapping[str, Choice], start: Callable[[str, Choice], Chain] | None = None
     ) -> IRModule:
         """A network with dense sites replaced by the chains of a plan, which do what the sites of the dense one did."""
-        known, sites, formats = self._known, find_sites(network), {n: choice.format for n, choice in plan.items()}
+        known, sites, formats = self._known, find_sites(network), formats_in(plan)
         plan = {name: choice.float32 for name, choice in plan.items() if choice.rank is not None}
         with console.progress("refitting", len(sites)) as advance:
             chains = refit(

@@ -21,7 +21,7 @@ from tvm_lowrank.data.images import Images
 from tvm_lowrank.data.synthetic import shrunk
 from tvm_lowrank.graph import Site, find_sites
 from tvm_lowrank.methods import METHODS, AnyMoments, Chain, Factors, cut, factorise
-from tvm_lowrank.plan import Choice
+from tvm_lowrank.plan import Choice, formats_in
 from tvm_lowrank.precision import applies, with_formats
 from tvm_lowrank.searching.candidates import candidates, site_macs
 from tvm_lowrank.searching.damage import DamageCurve, divergence, interpolated, probes, to_solve
@@ -149,8 +149,8 @@ class Sensitivity:
             _ = self.moments, self.fisher  # by all cores, before each core has a site of its own
             for _ in self._each(lambda name: self.chain(name, chosen[name]), unknown, "decomposing"):
                 pass
-        formats = {name: choice.format for name, choice in plan.items()}
-        return replace_sites(self.mod, {n: self.chain(n, choice) for n, choice in chosen.items()}, formats=formats)
+        chains = {name: self.chain(name, choice) for name, choice in chosen.items()}
+        return replace_sites(self.mod, chains, formats=formats_in(plan))
 
     def chain(self, name: str, choice: Choice) -> Chain:
         """The chain of one candidate, decomposed by itself; it is kept."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from tvm_lowrank.codegen.lower import Kernel
 from tvm_lowrank.codegen.schedule import Workload, workload
-from tvm_lowrank.codegen.units import Unit, lanes_of, usable
+from tvm_lowrank.codegen.units import Unit, depth_of, lanes_of, usable
 from tvm_lowrank.codegen.vectors import computed_channels
 from tvm_lowrank.formats import FLOAT32, FORMATS, Format
 from tvm_lowrank.methods import ConvSpec, Pair
@@ -44,7 +44,7 @@ class Convolution:
         out = computed_channels(out, spec.groups, lanes_of(format.name, lanes))
         depthwise = spec.groups == out
         possible = usable(units, format.name, inner=inner, groups=spec.groups)
-        inner += -inner % max((unit.depth for unit in possible), default=1)
+        inner += -inner % depth_of(possible)
         space = Workload(
             spatial=(batch, height, width, out),
             reduction=(*kernel, inner),

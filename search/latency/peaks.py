@@ -12,7 +12,7 @@ from tvm import te
 
 from tvm_lowrank.codegen.rounding import kept, widened
 from tvm_lowrank.codegen.schedule import FORMAT, UNITS, workload
-from tvm_lowrank.codegen.units import units_of
+from tvm_lowrank.codegen.units import depth_of, units_of
 from tvm_lowrank.errors import MeasurementError
 from tvm_lowrank.formats import FLOAT32
 from tvm_lowrank.searching.latency.tiles import register_tiles
@@ -86,7 +86,7 @@ def _fastest(bench: Bench, jobs: Sequence[Job]) -> float:
 def _products(rows: int, profile: Profile, format: str) -> list[Job]:
     """A matrix product with several register tiles."""
     units = [unit for unit in units_of(profile.tvm_target()) if unit.format == format]
-    depth, type = max((unit.depth for unit in units), default=1), kept(format)
+    depth, type = depth_of(units), kept(format)
     a = te.placeholder((rows, DEPTH), type, name="a")
     b = te.placeholder((DEPTH // depth, COLUMNS, depth), type, name="b")
     steps, inside = te.reduce_axis((0, DEPTH // depth)), te.reduce_axis((0, depth))

@@ -124,6 +124,11 @@ def formats_of(target: tvm.target.Target) -> list[Format]:
     return [FORMATS[name] for name in dict.fromkeys([FLOAT32, *dots, *arithmetic])]
 
 
+def depth_of(units: Iterable[Unit]) -> int:
+    """By what the input channels of a group are divided, so that any of these instructions may be used."""
+    return max((unit.depth for unit in units), default=1)
+
+
 def lanes_of(format: str, lanes: int) -> int:
     """How many numbers are added up at once where a vector has so many ``lanes`` of float32."""
     found = FORMATS[format]

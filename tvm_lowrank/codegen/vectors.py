@@ -21,7 +21,7 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from tvm_lowrank.codegen.rounding import constant, widened
 from tvm_lowrank.codegen.schedule import FORMAT, INTERLEAVED, PARTIAL, UNITS, largest_divisor, target_lanes
-from tvm_lowrank.codegen.units import Unit, lanes_of, units_of, usable
+from tvm_lowrank.codegen.units import Unit, depth_of, lanes_of, units_of, usable
 from tvm_lowrank.formats import FLOAT32, FORMATS
 
 CONV2D = Op.get("relax.nn.conv2d")
@@ -39,15 +39,15 @@ def computed_channels(channels: int, groups: int, lanes: int) -> int:
 
 def conv2d(target: tvm.target.Target) -> Callable[[relax.BlockBuilder, relax.Call], relax.Expr]:
     """The legalisation of conv2d: TVM's, but with output channels padded to full vectors where that pays."""
-    lanes = target_lanes(target)
+    lanes, present = target_lanes(target), units_of(target)
 
     def legalise(builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
         data, weight = call.args
         format = str(weight.ty.dtype)
         if format != FLOAT32:
             inner, groups = int(weight.ty.shape[2]), int(call.attrs.groups)
-            units = usable(units_of(target), format, inner=inner, groups=groups)
-            filled = _filled(call, lanes_of(format, lanes), max((unit.depth for unit in units), default=1))
+            units = usable(present, format, inner=inner, groups=groups)
+            filled = _filled(call, lanes_of(format, lanes), depth_of(units))
             return _call(builder, partial(_rounded, call, format, units), data, filled)
         channels = int(weight.ty.shape[-1])  # HWIO
         missing = computed_channels(channels, int(call.attrs.groups), lanes) - channels
@@ -188,7 +188,7 @@ def _rounded(call: relax.Call, format: str, units: Sequence[Unit], x: te.Tensor,
         return padded[(*place, group + channel)], weight[row, column, channel, c]
 
     def dot() -> te.Tensor:
-        depth = max((unit.depth for unit in units), default=1)
+        depth = depth_of(units)
         rows, columns, steps, inside = (te.reduce_axis((0, n)) for n in (height, width, inner // depth, depth))
 
         def product(*at: Any) -> Any:
