@@ -160,6 +160,7 @@ def main() -> None:
     parser.add_argument("--mean", type=channels)
     parser.add_argument("--std", type=channels)
     parser.add_argument("--methods", type=names, default=DEFAULT_METHODS)
+    parser.add_argument("--precision", default="auto")
     parser.add_argument("--time-limit", type=seconds)
     args = parser.parse_args()
     model: Any = args.model or network(args.network)
@@ -180,6 +181,7 @@ def main() -> None:
             mean=args.mean,
             std=args.std,
             methods=args.methods,
+            precision=args.precision,
             time_limit=args.time_limit,
             out=Path(folder) / "bundle",
             cache=Path(folder) / "cache",
