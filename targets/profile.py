@@ -13,7 +13,7 @@ from typing import Any
 import tvm
 from tvm.target import codegen
 
-from tvm_lowrank.codegen.processor import arch_of, without_missing
+from tvm_lowrank.codegen.processor import Needs, arch_of, missing, needs_of_target, without_missing
 from tvm_lowrank.codegen.schedule import target_lanes
 from tvm_lowrank.codegen.units import formats_of
 from tvm_lowrank.errors import UserError
@@ -114,6 +114,11 @@ class Profile:
         """TVM's target for code that runs on this many threads."""
         return tvm.target.Target({**self.target, "num-cores": threads})
 
+    @property
+    def needs(self) -> Needs:
+        """What code for the target may need of a processor."""
+        return needs_of_target(self.tvm_target())
+
     def linker(self) -> tuple[str, tuple[str, ...]]:
         """The compiler that links libraries for the device, and its options.
 
@@ -158,6 +163,28 @@ def load_profile(name: str) -> Profile:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         detail = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise UserError(f"target profile {path}: {detail}; {EXAMPLE} is an example") from error
+
+
+def load_levels(names: str) -> tuple[Profile, ...]:
+    """Profiles by their names, with commas between them: levels of this machine's architecture.
+
+    The first is that on which a search is to measure, the best that this processor has; the others follow, the best
+    first.
+
+    Raises
+    ------
+    UserError
+        If there is no such profile, or one of several is not for this machine.
+    """
+    named = [load_profile(name) for name in dict.fromkeys(name.strip() for name in names.split(","))]
+    if len(named) == 1:
+        return (named[0],)
+    for profile in named:
+        if not profile.is_host:
+            raise UserError(f"target {profile.name} is a board; give it alone, not in {names!r}")
+    levels = sorted(named, key=lambda profile: len(profile.needs.features), reverse=True)
+    first = next((profile for profile in levels if not missing(profile.needs)), levels[-1])
+    return (first, *(profile for profile in levels if profile is not first))
 
 
 def _profile(name: str, document: dict[str, Any]) -> Profile:

@@ -162,7 +162,11 @@ class TuningOptions(ConnectionOptions):
     """What the library is made for, and how long its kernels are tuned."""
 
     TITLE: ClassVar[str] = "Device"
-    target: str = option("A device profile, by name (see tvm_lowrank targets) or as a .toml file.", default="x86")
+    target: str = option(
+        "A device profile, by name (see tvm_lowrank targets) or as a .toml file; several levels of this machine's "
+        "processor, as x86-64-v3,x86-64-v4, make a bundle with libraries for each.",
+        default="x86",
+    )
     threads: int = option("Threads that the library runs with.", default=1, read=int)
     batch: int = option("Images in one call of the library.", default=1, read=int)
     trials: int = option("Schedules tried for each kernel.", default=12, read=int)

@@ -437,6 +437,10 @@ class Search:
         """The dense network in its fastest formats."""
         return with_formats(self.mod, self.dense.formats)
 
+    def or_dense(self, plan: Plan) -> Plan:
+        """A plan; for an empty one that of the dense network in its fastest formats."""
+        return plan or self.dense
+
     @property
     def dense_ms(self) -> float:
         """Sum of the dense sites' times."""

@@ -18,8 +18,9 @@ from tvm_lowrank.plan import Choice, Plan
 from tvm_lowrank.precision import possible, with_formats
 from tvm_lowrank.searching.choose.networks import Networks
 from tvm_lowrank.searching.choose.sensitivity import Sensitivity
-from tvm_lowrank.searching.commands.deliver import Delivery, deliver_plan
+from tvm_lowrank.searching.commands.deliver import deliver_plan
 from tvm_lowrank.searching.commands.inputs import Inputs, load, opened, precisions, synthetic_images
+from tvm_lowrank.searching.commands.libraries import Delivery
 
 
 def apply_plan(asked: BundleOptions, given: Mapping[str, Choice] | Path | str, *, seed: int = 0) -> dict[str, Any]:
@@ -39,7 +40,7 @@ def apply_plan(asked: BundleOptions, given: Mapping[str, Choice] | Path | str, *
     inputs = load(asked)
     check_plan(plan, inputs.sites, str(given) if isinstance(given, str | Path) else "plan")
     for format in set(plan.formats.values()):
-        precisions(format, inputs.profile)
+        precisions(format, inputs.profile, *inputs.others)
 
     seconds: dict[str, float] = {}
     with console.timed(seconds, "decomposing"):

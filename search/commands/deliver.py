@@ -1,9 +1,8 @@
-"""From a plan to a bundle: build both libraries, look at the evaluation split, measure end to end, write it down."""
+"""From a plan to a bundle: its libraries, a look at the evaluation split, and what is written down."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,61 +13,25 @@ from tvm.ir import IRModule
 from tvm_lowrank import console
 from tvm_lowrank.bridge.calibrate import predict
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
-from tvm_lowrank.bundle.manifest import read_manifest, write_manifest
+from tvm_lowrank.bundle.manifest import write_manifest
 from tvm_lowrank.bundle.portable import write_portable
 from tvm_lowrank.bundle.report import write_report
-from tvm_lowrank.codegen.link import export_library
-from tvm_lowrank.codegen.lower import build, kernels, lower
 from tvm_lowrank.data.images import part
 from tvm_lowrank.data.metric import Metric, accuracy, evaluate, paired_drop
 from tvm_lowrank.data.splits import Splits, fingerprint
-from tvm_lowrank.errors import MeasurementError
 from tvm_lowrank.files import copy, write_text
 from tvm_lowrank.graph import Site, find_sites
-from tvm_lowrank.options import BundleOptions
 from tvm_lowrank.plan import Choice, Plan
-from tvm_lowrank.precision import operand_formats, with_formats
 from tvm_lowrank.searching.candidates import site_macs, skipped
 from tvm_lowrank.searching.choose.forecast import DELIVERY, KERNELS
 from tvm_lowrank.searching.choose.loop import milder
 from tvm_lowrank.searching.choose.offers import offers
 from tvm_lowrank.searching.choose.search import Evaluated, Search
-from tvm_lowrank.searching.commands.inputs import Inputs, image_shape
-from tvm_lowrank.searching.fit.waiting import give_back
+from tvm_lowrank.searching.commands.levels import build_levels
+from tvm_lowrank.searching.commands.libraries import ORIGINAL, Delivery, Library, build_dense, build_library, compare
 from tvm_lowrank.searching.latency.oracle import LatencyOracle
 from tvm_lowrank.searching.latency.times import SiteTimes
-from tvm_lowrank.searching.measure.device import Device, Model
-
-ROUNDS = 30
-ORIGINAL = "float32.so"  # the dense network in float32, while a bundle is made
-DENSE_ROUNDS = 10
-TOLERANCE = 1e-3  # of the largest output: the compiled library against PyTorch
-
-
-@dataclass(frozen=True)
-class Delivery:
-    """What the bundle is made for, besides what the search knows."""
-
-    out: Path
-    model: str
-    input_shape: tuple[int, int, int, int]
-    target: Mapping[str, Any]
-    data: Mapping[str, Any] | None  # source, mean, std
-    device: Device
-
-    @classmethod
-    def of(cls, inputs: Inputs, device: Device) -> Delivery:
-        """The bundle of a command."""
-        asked, profile, splits = inputs.asked, device.profile, inputs.splits
-        assert isinstance(asked, BundleOptions)
-        return cls(
-            out=asked.folder,
-            model=asked.model_name,
-            input_shape=(asked.batch, *image_shape(inputs.mod)),
-            target={"name": profile.name, **profile.target, "num-cores": asked.threads},
-            data=None if splits is None else {"source": splits.name, "mean": asked.mean, "std": asked.std},
-            device=device,
-        )
+from tvm_lowrank.searching.measure.device import Device
 
 
 def deliver(search: Search, kept: Sequence[Evaluated], oracle: LatencyOracle, delivery: Delivery) -> dict[str, Any]:
@@ -81,7 +44,8 @@ def deliver(search: Search, kept: Sequence[Evaluated], oracle: LatencyOracle, de
         search.times.measure_others(search.dense)
     with console.timed(search.seconds, DELIVERY):
         plan, network, manifest = _libraries(search, kept, oracle, delivery)
-    return write_bundle(delivery.out, plan or search.dense, network, {**manifest, "seconds": search.seconds})
+    more = {**manifest, "seconds": search.seconds}
+    return write_bundle(delivery, search.or_dense(plan), search.dense_network, network, more)
 
 
 def deliver_plan(
@@ -126,7 +90,7 @@ def deliver_plan(
         latency, speedup = compare(times, plan, dense_plan, delivery)
     described = describe(chosen, sites, times, delivery, splits, reason=reason, dense=dense_plan)
     more = {"budget": None, "accuracy": measured, "latency_ms": latency, "speedup": speedup, "seconds": seconds, **more}
-    return write_bundle(out, chosen, network, {**described, **more})
+    return write_bundle(delivery, chosen, dense.mod, network, {**described, **more})
 
 
 def describe(
@@ -171,7 +135,7 @@ def explain(
 ) -> dict[str, Any]:
     """`describe` a plan that a search found, with what it considered and tried; ``why`` replaces its `reason`."""
     described = describe(
-        plan or search.dense,
+        search.or_dense(plan),
         search.sites,
         search.times,
         delivery,
@@ -183,16 +147,26 @@ def explain(
     return {**described, "plans": search.tried()}
 
 
-def write_bundle(folder: Path, plan: Plan, network: IRModule, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Write what a bundle has beside its libraries; returns the completed manifest.
+def write_bundle(
+    delivery: Delivery,
+    plan: Plan,
+    dense: IRModule,
+    network: IRModule,
+    manifest: Mapping[str, Any],
+    folder: Path | None = None,
+) -> dict[str, Any]:
+    """Write what a bundle has beside its libraries for the first target; returns the completed manifest.
 
-    ``network`` is the canonical module that ``model.so`` was built from.
+    ``dense`` and ``network`` are the canonical modules that ``dense.so`` and ``model.so`` were built from; ``folder``
+    is another one than that of the delivery.
     """
-    (folder / ORIGINAL).unlink(missing_ok=True)
-    write_text(folder / "plan.json", plan.to_json())
-    write_portable(network, folder)
-    complete = write_manifest(folder, manifest)
-    write_report(folder)
+    out = folder or delivery.out
+    (out / ORIGINAL).unlink(missing_ok=True)
+    write_text(out / "plan.json", plan.to_json())
+    write_portable(network, out)
+    levels = build_levels(out, dense, network, delivery, manifest["latency_ms"])
+    complete = write_manifest(out, {**manifest, **({"levels": levels} if levels else {})})
+    write_report(out)
     return complete
 
 
@@ -240,14 +214,6 @@ def _libraries(
     return chosen, network, manifest
 
 
-@dataclass(frozen=True, eq=False)
-class Library:
-    """A compiled module: as a function of images on its device, and the module itself."""
-
-    model: Model
-    mod: IRModule
-
-
 def judged(library: Library, splits: Splits, metric: Metric, device: Device, *, description: str) -> np.ndarray:
     """The metric's scores of a library on the evaluation split, (n,).
 
@@ -274,44 +240,6 @@ def looked(
     return np.array(search.journal.once(kind, key, lambda: judge().tolist()))
 
 
-def build_library(mod: IRModule, oracle: LatencyOracle, delivery: Delivery, name: str) -> Library:
-    """Compile a canonical module to a file of the bundle; kernels that the oracle does not know are tuned first.
-
-    Raises
-    ------
-    MeasurementError
-        If the device's outputs are not those that PyTorch computes here.
-    """
-    shape, device, path = delivery.input_shape, delivery.device, delivery.out / name
-    target = oracle.profile.tvm_target(oracle.threads)
-    lowered = lower(mod, batch=shape[0], target=target)
-    compiler, options = device.linker
-    oracle.measure(kernels(lowered))
-    executable = build(lowered, oracle.database, target, threads=oracle.threads)
-    export_library(executable, path, cc=compiler, options=options)
-    model = device.model(path, shape)
-    x = np.random.default_rng(0).standard_normal((shape[0], *shape[1:])).astype("float32")
-    expected = predict(TorchBridge(mod), x)
-    error = float(np.max(np.abs(model(x) - expected)) / max(np.max(np.abs(expected)), 1e-30))
-    if not error < tolerance(mod):
-        raise MeasurementError(
-            f"{name} does not compute on the device what PyTorch does here (relative error {error:.1e}); "
-            "tvm_lowrank doctor checks the device; if it is well, report this model"
-        )
-    give_back()
-    return Library(model, mod)
-
-
-def tolerance(mod: IRModule) -> float:
-    """How far a library may be from PyTorch, relative to the largest output.
-
-    Sums are made in another order, and a number may then be rounded to its other neighbour. Where the format itself
-    adds up some products, their errors add like a random walk.
-    """
-    formats = operand_formats(mod["main"]).values()
-    return max([TOLERANCE, *(2 * format.roundoff * format.summed**0.5 for format in formats)])
-
-
 def float32_scores(search: Search, dense_scores: np.ndarray) -> np.ndarray:
     """The metric's scores of the network as it was given, (n,), if the dense library is in other formats."""
     if not search.dense.formats:
@@ -323,65 +251,6 @@ def float32_scores(search: Search, dense_scores: np.ndarray) -> np.ndarray:
         return evaluate(model, images, labels, search.metric, description="accuracy, float32, in PyTorch").tolist()
 
     return np.array(search.journal.once("scores", "float32", judge))
-
-
-def end_to_end(
-    directory: Path, device: Device, *, rounds: int = ROUNDS, shape: Sequence[int]
-) -> tuple[dict[str, Any], float]:
-    """Latency of a bundle's two libraries, interleaved in one run: (the manifest's ``latency_ms``, speed-up).
-
-    ``shape`` is the libraries' (N, C, H, W).
-    """
-    console.phase("measuring both libraries end to end, interleaved")
-    x = np.random.default_rng(0).standard_normal(shape).astype("float32")
-    libraries = {"dense": directory / "dense.so", "compressed": directory / "model.so"}
-    if (directory / ORIGINAL).exists():
-        libraries["float32"] = directory / ORIGINAL
-    runs = device.interleaved(libraries, x, rounds=rounds)
-    latency: dict[str, Any] = {name: summary(ms) for name, ms in runs.items()}
-    speedup = latency["dense"]["median"] / latency["compressed"]["median"]
-    return {**latency, "threads": device.threads, "batch": shape[0], "how": device.how}, speedup
-
-
-def build_dense(mod: IRModule, plan: Plan, oracle: LatencyOracle, delivery: Delivery) -> Library:
-    """The dense library in the formats of a plan, and where these are others, the one in float32 for comparison."""
-    if plan.formats:
-        build_library(mod, oracle, delivery, ORIGINAL)
-    return build_library(with_formats(mod, plan.formats), oracle, delivery, "dense.so")
-
-
-def dense_latency(mod: IRModule, oracle: LatencyOracle, delivery: Delivery, plan: Plan) -> float:
-    """Build the dense library in the formats of a plan and measure it: median ms, end to end."""
-    build_library(with_formats(mod, plan.formats), oracle, delivery, "dense.so")
-    x = np.random.default_rng(0).standard_normal(delivery.input_shape).astype("float32")
-    runs = delivery.device.interleaved({"dense": delivery.out / "dense.so"}, x, rounds=DENSE_ROUNDS)
-    return float(np.median(runs["dense"]))
-
-
-def compare(times: SiteTimes, plan: Plan, dense: Plan, delivery: Delivery) -> tuple[dict[str, Any], float]:
-    """`end_to_end` of both libraries, beside what was predicted for them; the prediction learns from it.
-
-    ``dense`` has the formats of the dense library. Where these are others than float32, the dense network in float32 is
-    measured as well.
-    """
-    predicted = {"dense": times.whole(dense), "compressed": times.whole(plan or dense)}
-    latency, speedup = end_to_end(delivery.out, delivery.device, shape=delivery.input_shape)
-    for name, own in {"dense": dense, "compressed": plan}.items():
-        latency[name]["predicted"] = predicted[name]
-        if own or name == "dense":
-            times.learn(own, latency[name]["median"])
-    return latency, speedup
-
-
-def measure_again(directory: Path, device: Device, *, rounds: int) -> tuple[dict[str, Any], float]:
-    """`end_to_end` of a finished bundle."""
-    return end_to_end(directory, device, rounds=rounds, shape=read_manifest(directory)["input_shape"])
-
-
-def summary(ms: Sequence[float]) -> dict[str, float]:
-    """The manifest's entry of a library's milliseconds."""
-    p10, median, p90 = np.percentile(ms, [10, 50, 90])
-    return {"median": float(median), "p10": float(p10), "p90": float(p90)}
 
 
 def accuracy_entry(

@@ -27,18 +27,8 @@ from tvm_lowrank.plan import Plan
 from tvm_lowrank.searching.choose.forecast import DELIVERY, KERNELS
 from tvm_lowrank.searching.choose.loop import LEAST_LIMIT, MOST_LIMIT
 from tvm_lowrank.searching.choose.search import FIRST_LIMIT, Evaluated, Search
-from tvm_lowrank.searching.commands.deliver import (
-    ROUNDS,
-    Delivery,
-    Library,
-    accuracy_entry,
-    build_library,
-    explain,
-    float32_scores,
-    looked,
-    summary,
-    write_bundle,
-)
+from tvm_lowrank.searching.commands.deliver import accuracy_entry, explain, float32_scores, looked, write_bundle
+from tvm_lowrank.searching.commands.libraries import ROUNDS, Delivery, Library, build_library, summary
 from tvm_lowrank.searching.latency.oracle import LatencyOracle
 
 FRONTIER = "frontier.json"
@@ -183,7 +173,7 @@ def _measured(
 
 def _latencies(search: Search, plans: dict[str, Plan], delivery: Delivery) -> dict[str, dict[str, float]]:
     """Latencies of libraries, measured in turns and once, beside what was predicted for them; ``plans`` by file."""
-    predicted = {name: search.times.whole(plan or search.dense) for name, plan in plans.items()}
+    predicted = {name: search.times.whole(search.or_dense(plan)) for name, plan in plans.items()}
 
     def measure() -> dict[str, dict[str, float]]:
         console.phase(f"measuring {len(plans)} libraries end to end, interleaved")
@@ -194,7 +184,7 @@ def _latencies(search: Search, plans: dict[str, Plan], delivery: Delivery) -> di
     key = json.dumps({name: plan.to_json() for name, plan in plans.items()})
     found = search.journal.once("frontier", key, measure)
     for name, plan in plans.items():
-        search.times.learn(plan or search.dense, found[name]["median"])
+        search.times.learn(search.or_dense(plan), found[name]["median"])
     return found
 
 
@@ -235,9 +225,9 @@ def _written(
             "latency_ms": {"dense": dense.latency, "compressed": point.latency, **how},
             "speedup": dense.ms / point.ms,
         }
-        bundles.append(
-            _row(str(number), write_bundle(folder, plan or search.dense, point.library.mod, manifest), point.evaluated)
-        )
+        own = search.or_dense(plan)
+        complete = write_bundle(delivery, own, search.dense_network, point.library.mod, manifest, folder)
+        bundles.append(_row(str(number), complete, point.evaluated))
     table = {
         "schema": SCHEMA,
         "model": delivery.model,

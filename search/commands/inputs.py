@@ -28,7 +28,7 @@ from tvm_lowrank.searching.journal import JOURNAL
 from tvm_lowrank.searching.latency.oracle import LatencyOracle
 from tvm_lowrank.searching.latency.times import SiteTimes
 from tvm_lowrank.searching.measure.device import Device, check_connection, open_device
-from tvm_lowrank.targets.profile import Profile, load_profile
+from tvm_lowrank.targets.profile import Profile, load_levels
 from tvm_lowrank.targets.toolchain import cache_folder
 
 SYNTHETIC_IMAGES = 500
@@ -41,6 +41,7 @@ AUTO = "auto"
 class Inputs:
     """What a command works on.
 
+    ``profile`` is the target; ``others`` are further ones that a bundle has libraries for.
     ``splits`` is None where the model comes without data or the command looks at no accuracy, ``training`` where there
     are no labelled batches.
     """
@@ -52,31 +53,32 @@ class Inputs:
     metric: Metric = field(default_factory=load_metric)
     splits: Splits | None = None
     training: Training | None = None
+    others: tuple[Profile, ...] = ()
 
     @property
     def formats(self) -> tuple[str, ...]:
         """The number formats in which sites may be computed."""
-        return precisions(self.asked.precision, self.profile)
+        return precisions(self.asked.precision, self.profile, *self.others)
 
 
-def precisions(precision: str, profile: Profile) -> tuple[str, ...]:
-    """What ``--precision`` allows on a target.
+def precisions(precision: str, *profiles: Profile) -> tuple[str, ...]:
+    """What ``--precision`` allows on all of some targets.
 
     Raises
     ------
     UserError
-        If the target does not compute in it, or there is no such format.
+        If one of them does not compute in it, or there is no such format.
     """
-    there = profile.formats
     if precision == AUTO:
-        return there
+        return tuple(name for name in FORMATS if all(name in profile.formats for profile in profiles))
     if precision not in FORMATS:
         raise UserError(f"unknown --precision {precision!r}; give {AUTO} or one of {', '.join(FORMATS)}")
-    if precision not in there:
-        raise UserError(
-            f"target {profile.name} ({profile.code}) does not compute in {precision}, only in {', '.join(there)}; "
-            "leave --precision out"
-        )
+    for profile in profiles:
+        if precision not in profile.formats:
+            raise UserError(
+                f"target {profile.name} ({profile.code}) does not compute in {precision}, "
+                f"only in {', '.join(profile.formats)}; leave --precision out"
+            )
     return (precision,)
 
 
@@ -93,8 +95,8 @@ def load(asked: NetworkOptions, workers: Workers | None = None) -> Inputs:
         If the device does not answer.
     """
     metric, splits, training = load_metric(), None, None
-    profile = load_profile(asked.target)
-    precisions(asked.precision, profile)
+    profile, *others = load_levels(asked.target)
+    precisions(asked.precision, profile, *others)
     check_connection(profile, asked)
     if isinstance(asked, MethodOptions):
         _check_methods(asked.methods)
@@ -107,7 +109,9 @@ def load(asked: NetworkOptions, workers: Workers | None = None) -> Inputs:
         splits = _load_splits(asked, mod)
     if isinstance(asked, SearchOptions) and asked.finetune is not None:
         training = load_training_of(asked, mod, workers or Workers())
-    return Inputs(asked, profile, mod, find_sites(mod), metric, splits, training)
+    if others:
+        console.phase(f"of the targets, {profile.name} is the best that this processor has: it is measured on")
+    return Inputs(asked, profile, mod, find_sites(mod), metric, splits, training, tuple(others))
 
 
 def resumes(asked: BundleOptions) -> bool:

@@ -17,7 +17,7 @@ import tvm
 
 from tvm_lowrank import console
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
-from tvm_lowrank.bundle.manifest import FILES, MANIFEST, read_manifest
+from tvm_lowrank.bundle.manifest import FILES, LIBRARIES, MANIFEST, read_manifest
 from tvm_lowrank.bundle.report import REPORT
 from tvm_lowrank.data.splits import Splits
 from tvm_lowrank.errors import UserError
@@ -28,7 +28,7 @@ from tvm_lowrank.searching.choose import loop
 from tvm_lowrank.searching.choose.forecast import delivery, seconds_of_an_image
 from tvm_lowrank.searching.choose.networks import dismiss, follow
 from tvm_lowrank.searching.choose.search import Search, Settings
-from tvm_lowrank.searching.commands.deliver import Delivery, deliver, deliver_plan, dense_latency, reason
+from tvm_lowrank.searching.commands.deliver import deliver, deliver_plan, reason
 from tvm_lowrank.searching.commands.frontier import FRONTIER, clear, deliver_frontier
 from tvm_lowrank.searching.commands.inputs import (
     Inputs,
@@ -39,6 +39,7 @@ from tvm_lowrank.searching.commands.inputs import (
     resumes,
     synthetic_images,
 )
+from tvm_lowrank.searching.commands.libraries import Delivery, dense_latency
 from tvm_lowrank.searching.commands.within import deliver_within
 from tvm_lowrank.searching.fit.torchrun import joined
 from tvm_lowrank.searching.fit.waiting import PREFIX
@@ -116,7 +117,7 @@ def _deadline(asked: SearchOptions, inputs: Inputs, start: float) -> float:
     """When the search must end with what it has, so that the result is there at the end of the time limit."""
     if asked.time_limit is None:
         return math.inf
-    kept = FINAL_SHARE * asked.time_limit
+    kept = FINAL_SHARE * asked.time_limit * (1 + len(inputs.others))
     if inputs.splits is not None:
         splits = inputs.splits
         image = seconds_of_an_image(TorchBridge(inputs.mod), splits.calibration)
@@ -198,6 +199,9 @@ def _make_room(asked: SearchOptions) -> None:
     if asked.force:
         for name in (*FILES, MANIFEST, REPORT, JOURNAL):
             (out / name).unlink(missing_ok=True)
+        for target in asked.target.split(","):
+            for name in LIBRARIES:
+                (out / Path(target.strip()).stem / name).unlink(missing_ok=True)
         clear(out)
 
 
@@ -219,7 +223,7 @@ def _header(asked: SearchOptions, inputs: Inputs) -> dict[str, Any]:
     return {
         "model": _digest(constants(inputs.mod["main"]), text=inputs.mod.script()),
         "data": _digest((), text=" ".join(digest.sha256 for digest in digests.values())),
-        "target": inputs.profile.key,
+        "target": " ".join(profile.key for profile in (inputs.profile, *inputs.others)),
         "tvm": tvm.__version__,
         "metric": asked.metric,
         "methods": list(asked.methods),

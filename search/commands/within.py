@@ -22,18 +22,20 @@ from tvm_lowrank.plan import Choice, Plan
 from tvm_lowrank.searching.choose.forecast import DELIVERY, KERNELS
 from tvm_lowrank.searching.choose.search import Search, plan_of
 from tvm_lowrank.searching.commands.deliver import (
-    Delivery,
-    Library,
     accuracy_entry,
-    build_dense,
-    build_library,
-    compare,
-    end_to_end,
     explain,
     float32_scores,
     looked,
     reason,
     write_bundle,
+)
+from tvm_lowrank.searching.commands.libraries import (
+    Delivery,
+    Library,
+    build_dense,
+    build_library,
+    compare,
+    end_to_end,
 )
 from tvm_lowrank.searching.latency.oracle import LatencyOracle
 from tvm_lowrank.transform import shaped
@@ -143,7 +145,7 @@ def _next(task: Task, above: Attempt, fastest: Attempt, number: int) -> Attempt:
     search = task.search
 
     def find() -> str:
-        others = search.times.measure_others(above.plan or search.dense)
+        others = search.times.measure_others(search.or_dense(above.plan))
         goal = (_sites_ms(search, above.plan) + others) * task.limit / above.ms - others
         least = _sites_ms(search, fastest.plan) * (1 + SLACK)
         return plan_of(search.allocated(max(goal, least), within="ms")).to_json()
@@ -153,7 +155,7 @@ def _next(task: Task, above: Attempt, fastest: Attempt, number: int) -> Attempt:
 
 def _sites_ms(search: Search, plan: Plan) -> float:
     """Milliseconds of the sites under a plan, by what is known now: every whole network corrects the predictions."""
-    chosen = plan or search.dense
+    chosen = search.or_dense(plan)
     pairs = [(site.id, chosen.get(site.id, Choice())) for site in search.sites]
     search.times.measure(pairs)  # a resumed search knows them from the cache
     return sum(search.times.estimate(*pair) for pair in pairs)
@@ -187,7 +189,7 @@ def _built(task: Task, plan: Plan) -> tuple[Sequence[Library], dict[str, Any], f
     """Both libraries of a plan, their latency and the speed-up, measured once."""
     search = task.search
     with console.timed(search.seconds, KERNELS):
-        chosen = plan or search.dense
+        chosen = search.or_dense(plan)
         search.times.measure([(site.id, chosen.get(site.id, Choice())) for site in search.sites])
     network = _network(search, plan)
     with console.timed(search.seconds, DELIVERY):
@@ -228,4 +230,4 @@ def _written(
         "speedup": speedup,
         "seconds": search.seconds,
     }
-    return write_bundle(delivery.out, plan or search.dense, pair[1].mod, manifest)
+    return write_bundle(delivery, search.or_dense(plan), pair[0].mod, pair[1].mod, manifest)

@@ -60,6 +60,7 @@ def features(space: Workload, tiling: Tiling, lanes: int) -> list[float]:
         space.group / space.spatial[-1],
         FORMATS[space.format].bytes,
         UNITS[tiling.unit].depth if tiling.unit else 1,
+        UNITS[tiling.unit].rows if tiling.unit else 1,
     ]
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from math import prod
 
-from tvm_lowrank.codegen.schedule import Tiling, Workload, default_tiling
-from tvm_lowrank.codegen.units import UNITS, lanes_of
+from tvm_lowrank.codegen.schedule import Tiling, Workload, default_tiling, largest_divisor
+from tvm_lowrank.codegen.tiles import ACCUMULATORS
+from tvm_lowrank.codegen.units import UNITS, Unit, lanes_of
 
 MAX_CHANNEL_VECTORS = 8
 CHANNELWISE_VECTORS = 2  # there, more of them share nothing
 CHANNELWISE_PART = 4  # of the registers for accumulators there; every one needs its own inputs, and more are spilt
 STRIPE = 4  # rows, of which the padded input usually fits the first cache
 LATENCY = 8  # independent accumulators that keep two FMA units of latency four busy
+TILE_DOT, TILE_LOAD, TILE_LATENCY = 16, 8, 52  # cycles of AMX, by Intel's manual
+FMAS = 2  # a cycle
 LOAD_COST = 0.02  # what a load costs beside the FMAs that hide it; breaks ties between full tiles
 
 
@@ -29,9 +32,19 @@ def register_tiles(space: Workload, *, lanes: int, registers: int) -> list[Tilin
     tiles = [
         Tiling((*positions, vectors * vector), vector, unit=unit)
         for unit, vector in _instructions(space, lanes)
+        if not unit or UNITS[unit].rows == 1
         for vectors in _divisors(space.group // vector)
         if vectors <= most_vectors
         for positions in _positions(space.spatial[:-1], max(1, accumulators // vectors - (not space.channelwise)))
+    ]
+    tiles += [
+        Tiling((*positions, vectors * unit.lanes), unit.lanes, unit=unit.name)
+        for unit in map(UNITS.__getitem__, space.units)
+        if unit.rows > 1 and space.group % unit.lanes == 0
+        for vectors in _divisors(space.group // unit.lanes)
+        if vectors <= ACCUMULATORS
+        for positions in _positions(space.spatial[:-1], ACCUMULATORS // vectors * unit.rows)
+        if _registers(positions, unit) * vectors <= ACCUMULATORS
     ]
     return sorted(tiles, key=lambda tiling: (tile_cost(tiling, space, lanes), -tiling.tile[-1], tiling.tile))
 
@@ -99,11 +112,23 @@ def _distinct(tiles: list[Tiling], limit: int) -> Iterator[Tiling]:
 def tile_cost(tiling: Tiling, space: Workload, lanes: int) -> float:
     """Estimated cycles per multiply-accumulate of a lane, with two FMAs and two loads per cycle."""
     positions, vectors = prod(tiling.tile[:-1]), tiling.tile[-1] // tiling.vector
+    if tiling.unit and UNITS[tiling.unit].rows > 1:
+        unit = UNITS[tiling.unit]
+        registers = _registers(tiling.tile[:-1], unit)
+        loads = TILE_LOAD * (registers + vectors)
+        cycles = max(TILE_DOT * registers * vectors, loads, TILE_LATENCY) + LOAD_COST * loads
+        steps = largest_divisor(space.reduction[-1] // unit.depth, unit.steps)
+        return FMAS * cycles / (positions * tiling.tile[-1] * unit.depth * steps)
     accumulators = positions * vectors
     loads = vectors + (accumulators if space.channelwise else positions)
     cycles = max(accumulators, loads, LATENCY) + LOAD_COST * loads * LATENCY
     at_once = min(tiling.vector, lanes_of(space.format, lanes)) * (UNITS[tiling.unit].depth if tiling.unit else 1)
     return cycles / (accumulators * at_once)
+
+
+def _registers(positions: Sequence[int], unit: Unit) -> int:
+    """How many registers of rows a tile has."""
+    return prod(positions) // largest_divisor(positions[-1], unit.rows)
 
 
 def _instructions(space: Workload, lanes: int) -> list[tuple[str, int]]:

@@ -12,9 +12,9 @@ from typing import Protocol
 import numpy as np
 
 from tvm_lowrank import console
-from tvm_lowrank.bundle.library import CompiledModel
+from tvm_lowrank.bundle.library import CompiledModel, level
 from tvm_lowrank.bundle.manifest import read_manifest
-from tvm_lowrank.codegen.processor import needs_of_target, require
+from tvm_lowrank.codegen.processor import require
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.options import ConnectionOptions
 from tvm_lowrank.searching.measure.bench import Devices
@@ -129,7 +129,7 @@ def check_connection(profile: Profile, connection: ConnectionOptions) -> None:
     if profile.is_host:
         if connection.emulate or connection.rpc_tracker:
             raise UserError(f"target {profile.name} is this machine; leave --emulate and --rpc-tracker out")
-        require(needs_of_target(profile.tvm_target()), f"target {profile.name} ({profile.code})")
+        require(profile.needs, f"target {profile.name} ({profile.code})")
         return
     waived = {"free board"} | ({"tracker"} if connection.starts else set())
     tracker = None if connection.starts else tracker_address(connection.rpc_tracker)
@@ -182,7 +182,7 @@ def device_of(
 ) -> Iterator[Device]:
     """The device of a bundle; ``target`` and ``threads`` are those of its manifest unless given."""
     manifest = read_manifest(bundle)
-    profile = load_profile(target or manifest["target"]["name"])
+    profile = load_profile(target or level(bundle, manifest)["target"]["name"])
     threads = threads or int(manifest["latency_ms"]["threads"])
     with open_device(profile, connection, threads=threads, cache_dir=cache_folder(connection.cache)) as device:
         yield device

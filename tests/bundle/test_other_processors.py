@@ -35,9 +35,9 @@ MISSING = "avx512f, avx512dq, avx512cd, avx512bw, avx512vl"
 HASWELL = "flags\t\t: pni ssse3 sse4_1 sse4_2 popcnt movbe abm bmi1 bmi2 avx avx2 fma f16c\n"
 
 
-def compiled(cpu: str) -> Any:
+def compiled(cpu: str, *, seed: int = 0) -> Any:
     """main(x): flatten (2, 3, 4, 4), and multiply with weights, for a processor."""
-    weight = np.random.default_rng(0).normal(size=(48, 64)).astype("float32")
+    weight = np.random.default_rng(seed).normal(size=(48, 64)).astype("float32")
     builder, x = relax.BlockBuilder(), relax.Var("x", relax.TensorType(SHAPE, "float32"))
     with builder.function("main", [x]):
         with builder.dataflow():
@@ -75,11 +75,15 @@ def make_bundle(folder: Path, cpu: str) -> Path:
 
 @dataclass(frozen=True)
 class Made:
-    """A bundle for AVX-512, one for AVX2, one for AVX-512 that says nothing of it; and an application in C."""
+    """A bundle for AVX-512, one for AVX2, one for AVX-512 that says nothing of it; and an application in C.
+
+    ``levels`` has libraries for AVX-512, for AVX2 and for SSE4.2, with other weights each.
+    """
 
     avx512: Path
     avx2: Path
     silent: Path
+    levels: Path
     program: Path
     images: Path
 
@@ -108,7 +112,20 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     command += ["-x", "none", *paths, "-Wl,--allow-shlib-undefined", "-o", str(program)]
     subprocess.run(command, check=True)
     np.random.default_rng(1).standard_normal((3, *SHAPE[1:])).astype("float32").tofile(images)
-    return Made(avx512, avx2, silent, program, images)
+    return Made(avx512, avx2, silent, with_levels(avx512, folder / "levels"), program, images)
+
+
+def with_levels(avx512: Path, folder: Path) -> Path:
+    """The bundle for AVX-512 with levels below it."""
+    shutil.copytree(avx512, folder)
+    levels = [("x86-64-v4", ""), ("x86-64-v3", "x86-64-v3"), ("x86-64-v2", "x86-64-v2")]
+    for seed, (cpu, name) in enumerate(levels):
+        (folder / name).mkdir(exist_ok=True)
+        export_library(compiled(cpu, seed=seed), folder / name / "model.so")
+        shutil.copy(folder / name / "model.so", folder / name / "dense.so")
+    entries = [{"target": {"name": cpu}, "folder": name, "latency_ms": None} for cpu, name in levels]
+    write_manifest(folder, {**read_manifest(folder), "levels": entries})
+    return folder
 
 
 @pytest.fixture
@@ -174,3 +191,67 @@ def test_manifests_without_it_are_read(made: Made, tmp_path: Path) -> None:
     del manifest["processor"]
     (copy / "manifest.json").write_text(json.dumps(manifest))
     assert tvm_lowrank.load(copy)(np.zeros(SHAPE, "float32")).shape == (2, 64)
+
+
+def answers(seed: int, images: np.ndarray) -> np.ndarray:
+    """What the library with these weights computes."""
+    weight = np.random.default_rng(seed).normal(size=(48, 64)).astype("float32")
+    return np.maximum(images.reshape(len(images), -1) @ weight, 0)
+
+
+def test_python_takes_the_best_level(made: Made, haswell: None, tmp_path: Path) -> None:
+    x = np.fromfile(made.images, "float32").reshape(-1, *SHAPE[1:])
+    model = tvm_lowrank.load(made.levels)
+    assert model.path == made.levels / "x86-64-v3" / "model.so"
+    np.testing.assert_allclose(model(x), answers(1, x), rtol=1e-5, atol=1e-5)
+    processor.CPUINFO.write_text("flags\t\t: pni ssse3 sse4_1 sse4_2 popcnt\n")
+    np.testing.assert_allclose(tvm_lowrank.load(made.levels, which="dense")(x), answers(2, x), rtol=1e-5, atol=1e-5)
+    # what nobody needs may be deleted
+    processor.CPUINFO.write_text(HASWELL)
+    copy = Path(shutil.copytree(made.levels, tmp_path / "copy"))
+    shutil.rmtree(copy / "x86-64-v3")
+    np.testing.assert_allclose(tvm_lowrank.load(copy)(x), answers(2, x), rtol=1e-5, atol=1e-5)
+    processor.CPUINFO.write_text("flags\t\t: pni\n")
+    with pytest.raises(UserError, match=r"x86-64-v2/model.so needs a processor with ssse3, .*sse4_2, "):
+        tvm_lowrank.load(made.levels)
+
+
+def test_packages_have_all_levels_and_damaged_ones_are_found(made: Made, tmp_path: Path) -> None:
+    out = package(made.levels, tmp_path / "package", with_runtime=False, cache_dir=tmp_path / "cache")
+    assert sorted(str(path.parent.relative_to(out)) for path in out.rglob("model.so")) == [
+        ".",
+        "x86-64-v2",
+        "x86-64-v3",
+    ]
+    damaged = Path(shutil.copytree(made.levels, tmp_path / "damaged"))
+    (damaged / "x86-64-v2" / "dense.so").write_bytes(b"")
+    with pytest.raises(UserError, match=r"x86-64-v2/dense.so is not the file"):
+        package(damaged, tmp_path / "other", with_runtime=False, cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("folder", ["..", "../avx2", "/tmp", 3, None])
+def test_levels_are_folders_of_the_bundle(made: Made, tmp_path: Path, folder: object) -> None:
+    copy = Path(shutil.copytree(made.levels, tmp_path / "copy"))
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["levels"][1]["folder"] = folder
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="has no valid 'folder' in level 2"):
+        tvm_lowrank.load(copy)
+    done = subprocess.run([made.program, copy, made.images], capture_output=True, text=True)
+    assert done.returncode == 1 and "has no valid 'levels'; restore it" in done.stderr
+
+
+@pytest.mark.needs("qemu-x86_64-static")
+@pytest.mark.parametrize(("cpu", "seed"), [("Haswell", 1), ("Nehalem", 2)])
+def test_an_application_takes_the_best_level(made: Made, cpu: str, seed: int) -> None:
+    x = np.fromfile(made.images, "float32").reshape(-1, *SHAPE[1:])
+    done = made.run(cpu, made.levels)
+    assert done.returncode == 0, done.stderr
+    assert [int(word) for word in done.stdout.split()] == answers(seed, x).argmax(1).tolist()
+
+
+@pytest.mark.needs("qemu-x86_64-static")
+def test_an_application_where_there_is_no_level(made: Made) -> None:
+    done = made.run("core2duo", made.levels)
+    assert done.returncode == 1
+    assert f"{made.levels}/x86-64-v2/model.so needs a processor with " in done.stderr and "sse4_2" in done.stderr

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tvm_lowrank.bundle.manifest import MANIFEST, read_manifest, sha256
-from tvm_lowrank.codegen.processor import check
+from tvm_lowrank.codegen.processor import check, missing, read
 from tvm_lowrank.errors import UserError
 
 Which = Literal["model", "dense"]
@@ -78,19 +78,44 @@ def load(directory: str | Path, *, which: Which = "model", threads: int | None =
     return CompiledModel(path, (batch, channels, height, width), manifest=manifest)
 
 
+def level(directory: Path, manifest: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The best of a bundle's levels that this processor can run, as in the manifest; the last one if it can run none.
+
+    A bundle for one target is its only level. One whose libraries were deleted is passed over.
+    """
+    levels = manifest.get("levels") or [{"target": manifest["target"], "folder": ""}]
+    there = [level for level in levels if (directory / level["folder"] / "model.so").is_file()] or levels[-1:]
+    for level in there[:-1]:
+        needs = read(directory / level["folder"] / "model.so")
+        if needs is None or not missing(needs):
+            return level
+    return there[-1]
+
+
 def library(directory: Path, manifest: Mapping[str, Any], which: Which = "model") -> Path:
-    """The path of one of a bundle's libraries, which is the file that the manifest describes.
+    """The path of one of a bundle's libraries, of its best level for this processor.
+
+    Raises
+    ------
+    UserError
+        If it is missing, or not the file that the manifest describes.
+    """
+    return described(directory, manifest, str(Path(level(directory, manifest)["folder"], f"{which}.so")))
+
+
+def described(directory: Path, manifest: Mapping[str, Any], name: str) -> Path:
+    """The path of a library in a bundle, which is the file that the manifest describes.
 
     Raises
     ------
     UserError
         If it is missing or another file.
     """
-    path = directory / f"{which}.so"
+    path = directory / name
     if not path.is_file():
-        raise UserError(f"{directory} has no {path.name}; run the search again")
+        raise UserError(f"{directory} has no {name}; run the search again")
     # the loader does not survive a truncated library: look before it does
-    if sha256(path) != manifest["files"].get(path.name):
+    if sha256(path) != manifest["files"].get(name):
         raise UserError(f"{path} is not the file that {MANIFEST} describes; copy the bundle or run the search again")
     return path
 

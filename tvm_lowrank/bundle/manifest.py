@@ -15,6 +15,8 @@ became of every site; ``model.pt2`` and ``model.onnx`` are the compressed networ
     plans (of searches with data): [{plan (as in plan.json), fit, ms (sum of its sites), predicted, damage (nats),
              drop, error, expected (points: counted, their standard error, by the damage)}], in order of evaluation,
     seconds: {phase: s of the last run}, files: {name: SHA-256},
+    levels (of bundles for several targets, the best first): [{target, folder (of its model.so and dense.so; "" is the
+        bundle itself), latency_ms (null where it could not be measured)}]; a loader takes the first that it can run,
     processor (not in old bundles): {arch, features}, what the code needs beyond what all processors of the architecture
         have, in the words of /proc/cpuinfo; the libraries say it, too, and loaders refuse them where it is missing
 """
@@ -40,7 +42,8 @@ from tvm_lowrank.files import write_text
 SCHEMA = 1
 MANIFEST = "manifest.json"
 PORTABLE = ("model.pt2", "model.onnx")
-FILES = ("model.so", "dense.so", "plan.json", *PORTABLE)
+LIBRARIES = ("model.so", "dense.so")
+FILES = (*LIBRARIES, "plan.json", *PORTABLE)
 
 # what a reader may rely on; `write_manifest` refuses a manifest without it
 REQUIRED: dict[str, tuple[str, ...]] = {
@@ -61,6 +64,7 @@ SITE_KEYS = ("id", "method", "rank", "ms", "dense_ms", "macs", "dense_macs", "re
 PLAN_KEYS = {"plan": Mapping, "fit": str} | dict.fromkeys(
     ("ms", "predicted", "damage", "drop", "error", "expected"), Real
 )
+LEVEL_KEYS = {"target": Mapping, "folder": str}
 LARGEST = 1e300  # a plan's numbers are finite, and charts have room for them
 
 
@@ -106,7 +110,9 @@ def write_manifest(out: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     UserError
         If the file cannot be written.
     """
-    hashes = {name: sha256(out / name) for name in FILES if (out / name).is_file()}
+    folders = [level["folder"] for level in manifest.get("levels", ())]
+    names = dict.fromkeys([*FILES, *(str(Path(folder, name)) for folder in folders for name in LIBRARIES)])
+    hashes = {name: sha256(out / name) for name in names if (out / name).is_file()}
     needs = read(out / "model.so") if "model.so" in hashes else None
     processor = {} if needs is None else {"processor": {"arch": needs.arch, "features": sorted(needs.features)}}
     complete = {"versions": versions(), **manifest, **processor, "schema": SCHEMA, "files": hashes}
@@ -169,6 +175,15 @@ def _missing_key(manifest: Mapping[str, Any]) -> str | None:
         for name in SITE_KEYS:
             if name not in site:
                 return f"{name!r} in site {site.get('id', '?')!r}"
+    levels = manifest.get("levels", [])  # of bundles for several targets
+    if not isinstance(levels, list) or not all(isinstance(level, Mapping) for level in levels):
+        return "list of 'levels'"
+    for number, level in enumerate(levels, 1):
+        for name, kind in LEVEL_KEYS.items():
+            if not isinstance(level.get(name), kind):
+                return f"valid {name!r} in level {number}"
+        if level["folder"] in (".", "..") or "/" in level["folder"]:
+            return f"valid 'folder' in level {number}: it is a name, not {level['folder']!r}"
     plans = manifest.get("plans", [])  # not in every bundle
     if not isinstance(plans, list) or not all(isinstance(plan, Mapping) for plan in plans):
         return "list of 'plans'"

@@ -1,6 +1,6 @@
 """A bundle with everything that an application needs to run it: one folder, to be copied to a clean device.
 
-model.so, dense.so, plan.json, manifest.json    the bundle
+model.so, dense.so, plan.json, manifest.json    the bundle, and its folders for other levels
 include/tlr.h, tlr.hpp                           the interface for C and C++
 lib/libtlr.so                                    its library, which finds TVM's beside itself
 lib/libtvm_runtime.so, lib/libtvm_ffi.so         TVM's runtime
@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from tvm_lowrank import console
-from tvm_lowrank.bundle.library import library
+from tvm_lowrank.bundle.library import described
 from tvm_lowrank.bundle.manifest import MANIFEST, PORTABLE, prepare_out, read_manifest, sha256
 from tvm_lowrank.codegen.processor import arch_of
 from tvm_lowrank.errors import MeasurementError, UserError
@@ -43,9 +43,9 @@ def package(bundle: Path, out: Path, *, with_runtime: bool, cache_dir: Path, for
     manifest = read_manifest(bundle)
     present = (name for name in (*manifest["files"], MANIFEST) if (bundle / name).is_file())
     names = [name for name in present if name not in PORTABLE]  # those are for other tools
-    for which in ("model", "dense"):
-        if f"{which}.so" in names:
-            library(bundle, manifest, which)
+    for name in names:
+        if name.endswith(".so"):
+            described(bundle, manifest, name)
     if out.resolve() == bundle.resolve():
         raise UserError("--out is the bundle itself; choose another folder")
     prepare_out(out, force=force)

@@ -142,6 +142,7 @@ def print_manifest(manifest: Mapping[str, Any]) -> None:
         ],
     )
     print_latency(manifest["latency_ms"], manifest["speedup"])
+    print_levels(manifest)
     if "max_latency_ms" in manifest:
         print(f"limit of the latency: {manifest['max_latency_ms']:g} ms")
     if "seconds" in manifest:
@@ -236,6 +237,24 @@ def print_latency(latency_ms: Mapping[str, Any], speedup: float) -> None:
         ("", "median ms", "10 %", "90 %", "speed-up"),
         [(name, *(_ms(latency_ms[name][key]) for key in ("median", "p10", "p90")), ratio) for name, ratio in rows],
     )
+
+
+def print_levels(manifest: Mapping[str, Any]) -> None:
+    """The levels of a bundle for several targets as a table; nothing for other bundles."""
+    rows = []
+    for level in manifest.get("levels", ()):
+        latency = level["latency_ms"]
+        medians = ("–", "–", "not measured")
+        if latency is not None:
+            dense, compressed = (latency[which]["median"] for which in ("dense", "compressed"))
+            medians = (_ms(dense), _ms(compressed), f"{dense / compressed:.2f}")
+        rows.append((level["target"]["name"], level["target"].get("mcpu", ""), *medians))
+    if rows:
+        table(
+            "levels: a loader takes the first that its processor has",
+            ("target", "code", "ms dense", "ms compressed", "speed-up"),
+            rows,
+        )
 
 
 def _accuracy(n: int, dense: float, compressed: float, drop: float, ci95: tuple[float, float]) -> tuple[str, ...]:

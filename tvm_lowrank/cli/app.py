@@ -186,7 +186,7 @@ def bench(
 ) -> None:
     """Measure the latency of a bundle's two libraries again, interleaved in one run, on the device it is for."""
     from tvm_lowrank.bundle.verify import print_latency
-    from tvm_lowrank.searching.commands.deliver import measure_again
+    from tvm_lowrank.searching.commands.libraries import measure_again
     from tvm_lowrank.searching.measure.device import device_of
 
     if rounds < 1:

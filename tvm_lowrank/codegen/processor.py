@@ -217,12 +217,16 @@ def missing(needs: Needs) -> tuple[str, ...]:
 def without_missing(target: dict[str, Any]) -> dict[str, Any]:
     """A target for this processor without the features of its model that it does not have, as in some machines' guests.
 
+    Nor has it tiles that Linux refuses this process.
+
     ``target`` is TVM's dictionary.
     """
     from tvm.target import Target
 
     needs = needs_of_target(Target(target))
     absent = missing(needs)
+    if "amx_tile" in needs.features and not absent and _refused_tiles():
+        absent = tuple(word for word in needs.features if word.startswith("amx_"))
     names = [name for name, (word, _) in FEATURES.get(needs.arch, {}).items() if word in absent]
     return {**target, "mattr": [*target.get("mattr", ()), *(f"-{name}" for name in names)]} if names else target
 

@@ -19,17 +19,19 @@ from tvm.ir import IRModule
 from tvm.s_tir import Schedule, ScheduleError
 from tvm.s_tir.meta_schedule.postproc import RewriteLayout
 
-from tvm_lowrank.codegen import units
+from tvm_lowrank.codegen import tiles, units
 from tvm_lowrank.formats import FLOAT32
 
 logger = logging.getLogger(__name__)
 
 REDUCTION = 2  # tvm.tirx.IterVar.CommReduce
 ROOT = "root"
-# annotate the block of a convolution in half precision: its operands' format, and the instructions that it may use
-FORMAT, UNITS = "format", "units"
+# annotate the block of a convolution in half precision: its operands' format, the instructions that it may use, and how
+# far a step of its positions, and one of its kernel, is in the input
+FORMAT, UNITS, STRIDES, DILATIONS = "format", "units", "strides", "dilations"
 PARTIAL = "partial"  # a block of sums of a few products in half precision, which another one adds up
 INTERLEAVED = "interleaved_conv2d_nhwc"  # a block in which neighbouring channels belong to different groups
+CHUNKS = 4  # for each thread, where threads shape registers before they work
 # waking a thread takes some microseconds: kernels with less to do stay on one
 PARALLEL_MACS = 2**19
 PARALLEL_ELEMENTS = 2**15
@@ -193,7 +195,11 @@ def apply(func: IRModule, tiling: Tiling | None, *, target: tvm.target.Target, t
     # packs the constant operands in the order in which the tile reads them
     RewriteLayout().apply(sch)
     if tiling is not None and tile is not None:
-        _dot(sch, tile, units.UNITS[tiling.unit], target)
+        unit = units.UNITS[tiling.unit]
+        if isinstance(tile, _Tiles):
+            _products(sch, tile, unit, target)
+        else:
+            _dot(sch, tile, unit, target)
     return sch.mod
 
 
@@ -210,8 +216,23 @@ def apply_default(func: IRModule, *, target: tvm.target.Target, threads: int) ->
     return func
 
 
+@dataclass(frozen=True)
+class _Tiles:
+    """Where products of tiles are to take place: instead of ``loop``; ``parallel`` are the loops for the threads."""
+
+    loop: Any
+    nest: tiles.Nest
+    outermost: Any
+    parallel: Sequence[Any]
+    threads: int
+
+
 def _tiled(sch: Schedule, tiling: Tiling, *, lanes: int, threads: int) -> Any:
-    """Tile a kernel; the loop over the lanes that an instruction for dot products takes the place of, or None."""
+    """Tile a kernel; the loop over the lanes that an instruction for dot products takes the place of, or None.
+
+    Of an instruction that multiplies tiles it is their `_Tiles`.
+    """
+    unit = units.UNITS.get(tiling.unit)
     blocks = _blocks(sch)
     partial = _partial(sch, blocks)
     (position,) = (i for i in _reductions(sch, blocks) if blocks[i] != partial)
@@ -241,8 +262,16 @@ def _tiled(sch: Schedule, tiling: Tiling, *, lanes: int, threads: int) -> Any:
         inner.append(within)
     vectors, lane = sch.split(inner.pop(), [None, tiling.vector])
     inner += [vectors, lane]
-    if tiling.unit:
+    if unit is not None:
         inner.append(reduction.pop())
+    nest = None
+    if unit is not None and unit.rows > 1:
+        nest = _nest(sch, anchor, tiling, unit, [int(sch.get(loop).extent) for loop in reduction])
+        position = len(spatial) - 2
+        inner[position : position + 1] = sch.split(inner[position], [None, nest.rows])
+        steps, step = sch.split(reduction.pop(), [None, nest.steps[1]])
+        reduction.append(steps)
+        inner[-2:-2] = [step]
 
     head, channel = outer[:-1], outer[-1]
     leading: list[Any] = []  # outside of the padding
@@ -264,8 +293,10 @@ def _tiled(sch: Schedule, tiling: Tiling, *, lanes: int, threads: int) -> Any:
     _vectorise(sch, sch.get_loops(epilogue)[-1], tiling.vector)
     if not tiling.unit:
         sch.vectorize(lane)
-    if threads > 1 and work >= PARALLEL_MACS:
-        parallel = leading or order
+    parallel = (leading or order) if threads > 1 and work >= PARALLEL_MACS else []
+    if nest is not None:
+        return _Tiles(reduction[0], nest, sch.get_loops(anchor)[0], parallel, threads)
+    if parallel:
         sch.parallel(sch.fuse(*parallel) if len(parallel) > 1 else parallel[0])
     start = sch.decompose_reduction(anchor, sch.get_loops(anchor)[-len(reduction) - len(inner)])
     if not tiling.unit:
@@ -292,6 +323,48 @@ def _dot(sch: Schedule, lane: Any, unit: units.Unit, target: tvm.target.Target) 
     outermost = sch.get_loops(update)[0]
     sch.tensorize(lane, units.tensor_intrin(unit.name))
     sch.annotate(outermost, "pragma_import_llvm", unit.code(target))
+
+
+def _nest(sch: Schedule, block: Any, tiling: Tiling, unit: units.Unit, reduction: Sequence[int]) -> tiles.Nest:
+    """The loops that products of tiles take the place of; ``reduction`` are the extents of those but the last one."""
+    *kernel, steps = reduction
+    *positions, channels = tiling.tile
+    if tiling.vector != unit.lanes or channels % unit.lanes:
+        raise ValueError(f"{unit.name} has {unit.lanes} lanes, not {tiling.vector}")
+    step = largest_divisor(steps, unit.steps)
+    annotations, ones = sch.get(block).annotations, [1] * len(positions)
+    strides, dilations = (
+        tuple(
+            [*ones, *map(int, str(annotations.get(name, "")).split(",") if name in annotations else ())][-len(ones) :]
+        )
+        for name in (STRIDES, DILATIONS)
+    )
+    return tiles.Nest(
+        kernel=tuple(kernel),
+        steps=(steps // step, step),
+        positions=tuple(positions),
+        rows=largest_divisor(positions[-1], unit.rows),
+        vectors=channels // unit.lanes,
+        strides=strides,
+        dilations=dilations,
+    )
+
+
+def _products(sch: Schedule, place: _Tiles, unit: units.Unit, target: tvm.target.Target) -> None:
+    """Put products of tiles in the place of the innermost loops."""
+    nest, within = place.nest, place.outermost
+    block = sch.blockize(place.loop)
+    if place.parallel:
+        # each thread shapes its registers, and should not do so for every tile
+        within = sch.fuse(*place.parallel) if len(place.parallel) > 1 else place.parallel[0]
+        count, least = int(sch.get(within).extent), place.threads * CHUNKS
+        if count > least:
+            chunks = next(d for d in range(least, count + 1) if count % d == 0)
+            within, _ = sch.split(within, [chunks, None])
+        sch.parallel(within)
+    sch.annotate(within, "pragma_import_llvm", tiles.functions(unit, target, rows=nest.rows, steps=nest.steps[1]))
+    tiles.place(sch, block, nest, unit)
+    tiles.begin(sch, within, nest, unit)
 
 
 def _elementwise(sch: Schedule, *, lanes: int, threads: int) -> None:

@@ -23,7 +23,8 @@ class Unit:
     """An instruction for dot products of a format.
 
     It adds to each of ``lanes`` float32 numbers ``depth`` products: of ``depth`` numbers that are the same for all
-    lanes, and of ``depth`` for each lane.
+    lanes, and of ``depth`` for each lane. One that has ``rows`` does so for up to as many positions at once, and with
+    up to ``steps`` times as many products (see `tvm_lowrank.codegen.tiles`).
 
     Attributes
     ----------
@@ -44,6 +45,8 @@ class Unit:
     element: str
     lanes: int
     depth: int
+    rows: int = 1
+    steps: int = 1
 
     @property
     def function(self) -> str:
@@ -92,6 +95,17 @@ UNITS = {
             element="bfloat",
             lanes=4,
             depth=2,
+        ),
+        Unit(
+            name="amx_bf16",
+            format="bfloat16",
+            features=frozenset({"amx-bf16", "amx-tile"}),
+            instruction="llvm.x86.tdpbf16ps",
+            element="bfloat",
+            lanes=16,
+            depth=2,
+            rows=16,
+            steps=16,
         ),
     )
 }

@@ -20,7 +20,16 @@ from tvm.relax.analysis import free_vars
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from tvm_lowrank.codegen.rounding import constant, widened
-from tvm_lowrank.codegen.schedule import FORMAT, INTERLEAVED, PARTIAL, UNITS, largest_divisor, target_lanes
+from tvm_lowrank.codegen.schedule import (
+    DILATIONS,
+    FORMAT,
+    INTERLEAVED,
+    PARTIAL,
+    STRIDES,
+    UNITS,
+    largest_divisor,
+    target_lanes,
+)
 from tvm_lowrank.codegen.units import Unit, depth_of, lanes_of, units_of, usable
 from tvm_lowrank.formats import FLOAT32, FORMATS
 
@@ -195,7 +204,12 @@ def _rounded(call: relax.Call, format: str, units: Sequence[Unit], x: te.Tensor,
             one, other = operands(at, rows, columns, steps * depth + inside)
             return te.sum(widened(one, format) * widened(other, format), axis=[rows, columns, steps, inside])
 
-        attrs = {FORMAT: format, UNITS: ",".join(unit.name for unit in units)}
+        attrs = {
+            FORMAT: format,
+            UNITS: ",".join(unit.name for unit in units),
+            STRIDES: f"{stride},{column_stride}",
+            DILATIONS: f"{dilation},{column_dilation}",
+        }
         return te.compute((*shape[:-1], computed), product, name="conv2d_nhwc", attrs=attrs)
 
     def in_blocks(most: int) -> te.Tensor:

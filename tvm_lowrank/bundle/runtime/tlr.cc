@@ -7,6 +7,7 @@
 #include <tvm/ffi/extra/json.h>
 #include <tvm/ffi/extra/module.h>
 #include <tvm/ffi/function.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <array>
@@ -17,6 +18,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "needs.h"
 #include "sha256.h"
@@ -99,6 +101,23 @@ struct Manifest {
 
   Any Value(const char* key) const { return content.count(String(key)) ? content.at(String(key)) : Any(); }
 
+  // The folders of the libraries within the bundle, the best for the newest processors first.
+  std::vector<std::string> Folders() const {
+    auto levels = Value("levels").as<json::Array>();
+    if (!levels) return {""};
+    std::vector<std::string> folders;
+    for (const Any& level : *levels) {
+      auto entries = level.as<json::Object>();
+      auto folder = entries && entries->count(String("folder")) ? entries->at(String("folder")).as<String>() : std::nullopt;
+      if (!folder) Fail("has no valid 'levels'; restore it");
+      std::string name = *folder;
+      if (name == "." || name == ".." || name.find('/') != std::string::npos) Fail("has no valid 'levels'; restore it");
+      folders.push_back(name.empty() ? "" : name + "/");
+    }
+    if (folders.empty()) folders.emplace_back();
+    return folders;
+  }
+
   [[noreturn]] void Fail(const std::string& what) const { throw Failure(path + " " + what); }
 
   std::string path;
@@ -164,11 +183,7 @@ std::string FirstLine(const char* text) {
 
 struct tlr_model {
   tlr_model(const std::string& folder, const std::string& name, int threads) : manifest(folder) {
-    std::string path = folder + "/" + name;
-    CheckLibrary(path, manifest.Hash(name));
-    if (path.find('/') != 0) path = "./" + path;  // without a slash, the loader would look elsewhere
-    std::string reason = tlr::WhyNot(path);
-    if (!reason.empty()) throw Failure(path + " " + reason);
+    std::string path = Best(folder, name);
     if (threads > 0) UseThreads(threads);
     try {
       library = Module::LoadFromFile(path);
@@ -182,6 +197,21 @@ struct tlr_model {
                                 DLDataType{kDLFloat, 32, 1}, DLDevice{kDLCPU, 0});
     std::memset((*input).data_ptr(), 0, Batch() * ImageSize() * sizeof(float));
     output_size = Run().numel() / Batch();  // the manifest does not say it
+  }
+
+  // The library of the best level that this processor can run, checked; of those whose files are there.
+  std::string Best(const std::string& bundle, const std::string& name) const {
+    std::string reason = bundle + " has no " + name;
+    for (const std::string& level : manifest.Folders()) {
+      std::string path = bundle + "/" + level + name;
+      if (!level.empty() && access(path.c_str(), F_OK) != 0) continue;
+      CheckLibrary(path, manifest.Hash(level + name));
+      if (path.find('/') != 0) path = "./" + path;  // without a slash, the loader would look elsewhere
+      reason = tlr::WhyNot(path);
+      if (reason.empty()) return path;
+      reason = path + " " + reason;
+    }
+    throw Failure(reason);
   }
 
   static Function Get(Module module, const char* name) {
