@@ -44,6 +44,11 @@ class Format:
         return cls(name, type, float(figures.eps) / 2, float(figures.max), summed)
 
     @property
+    def short(self) -> bool:
+        """Whether it has fewer exponents than float32, so that numbers may be too large for it."""
+        return self.largest < 2.0**127
+
+    @property
     def bytes(self) -> int:
         """Of a number."""
         return self.type.itemsize

@@ -52,9 +52,13 @@ def applies(spec: ConvSpec) -> bool:
     return min(spec.in_channels, spec.out_channels) // spec.groups >= NARROW
 
 
-def possible(spec: ConvSpec, formats: Sequence[str]) -> Sequence[str]:
-    """Those of the formats, by name, in which a convolution may be computed; float32 if there are none."""
-    return formats if applies(spec) else (FLOAT32,)
+def possible(spec: ConvSpec, formats: Sequence[str], largest: float = 0.0) -> Sequence[str]:
+    """Those of the formats, by name, in which a convolution may be computed; float32 if there are none.
+
+    ``largest`` is the largest absolute value among its operands, if that is known.
+    """
+    found = [format for format in formats if applies(spec) and largest <= FORMATS[format].largest]
+    return found or (FLOAT32,)
 
 
 def operand_formats(function: relax.Function) -> dict[str, Format]:

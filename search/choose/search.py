@@ -26,7 +26,7 @@ from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.data.metric import INTERVAL, Metric, accuracy, paired_drop
 from tvm_lowrank.data.splits import Splits
 from tvm_lowrank.errors import TimeUp
-from tvm_lowrank.formats import FLOAT32
+from tvm_lowrank.formats import FLOAT32, FORMATS
 from tvm_lowrank.graph import Site, find_sites
 from tvm_lowrank.plan import Choice, Plan
 from tvm_lowrank.precision import possible, with_formats
@@ -187,7 +187,11 @@ class Search:
         with console.timed(self.seconds, DAMAGE):
             enough = partial(self._late, PROBING_ENDS)
             found = self.sensitivity.probe(self.journal, self.check_time, enough)
-            rounding = {f: self.sensitivity.rounding(self.journal, f) for f in self.settings.formats if f != FLOAT32}
+            rounding = {
+                format: self.sensitivity.rounding(self.journal, format, names)
+                for format in self.settings.formats
+                if format != FLOAT32 and (names := [site.id for site in self.sites if format in self.formats(site)])
+            }
             self.damage = {
                 site.id: {
                     replace(choice, format=format): nats + rounding.get(format, {}).get(site.id, 0.0)
@@ -199,8 +203,20 @@ class Search:
             }
 
     def formats(self, site: Site) -> Sequence[str]:
-        """The formats in which a site may be computed."""
-        return possible(site.spec, self.settings.formats)
+        """The formats in which a site may be computed, and that hold what it reads on the calibration images."""
+        return possible(site.spec, self.settings.formats, self._largest.get(site.id, 0.0))
+
+    def too_large(self, site: Site) -> str:
+        """What keeps a site out of formats that were allowed, in a few words; "" if nothing does."""
+        absent = set(possible(site.spec, self.settings.formats)) - set(self.formats(site))
+        names = ", ".join(sorted(absent))
+        return f"its operands reach {self._largest[site.id]:.3g}, too much for {names}" if absent else ""
+
+    @cached_property
+    def _largest(self) -> dict[str, float]:
+        """The largest operand of each site, where there is a format that may be too short for it."""
+        short = any(FORMATS[format].short for format in self.settings.formats)
+        return self.sensitivity.largest(self.journal) if short else {}
 
     @cached_property
     def dense(self) -> Plan:

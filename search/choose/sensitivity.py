@@ -16,13 +16,14 @@ from tvm.ir import IRModule
 
 from tvm_lowrank import console
 from tvm_lowrank.bridge.calibrate import each_fisher, each_moments, predict, predict_each
+from tvm_lowrank.bridge.ranges import largest_operands
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.data.images import Images
 from tvm_lowrank.data.synthetic import shrunk
 from tvm_lowrank.graph import Site, find_sites
 from tvm_lowrank.methods import METHODS, AnyMoments, Chain, Factors, cut, factorise
 from tvm_lowrank.plan import Choice, formats_in
-from tvm_lowrank.precision import applies, with_formats
+from tvm_lowrank.precision import with_formats
 from tvm_lowrank.searching.candidates import candidates, site_macs
 from tvm_lowrank.searching.damage import DamageCurve, divergence, interpolated, probes, to_solve
 from tvm_lowrank.searching.fit.samples import apart, sampled
@@ -200,13 +201,21 @@ class Sensitivity:
         curves = {name: DamageCurve.through(found[name]) if name in found else usual for name in predicted}
         return {name: {choice: curves[name](value) for choice, value in own.items()} for name, own in predicted.items()}
 
-    def rounding(self, journal: Journal, format: str) -> dict[str, float]:
-        """Damage in nats of computing a dense site in a format, for the sites that may be.
+    def largest(self, journal: Journal) -> dict[str, float]:
+        """The largest operand of each site on all calibration images; the journal keeps it."""
+
+        def look() -> dict[str, float]:
+            with console.progress("largest activations", len(self.images)) as advance:
+                return largest_operands(self._bridge, list(self.sites.values()), self.images, advance=advance)
+
+        return journal.once("largest", "operands", look)
+
+    def rounding(self, journal: Journal, format: str, names: Sequence[str]) -> dict[str, float]:
+        """Damage in nats of computing a dense site in a format, for the sites of these names.
 
         Rounding all of them together is looked at first. Where that is hardly anything, as it is with most networks,
         each site is said to have its part of it; else every site is looked at by itself.
         """
-        names = [name for name, site in self.sites.items() if applies(site.spec)]
         together = self._rounded(journal, names, format)
         if together <= HARDLY * self._share:
             return dict.fromkeys(names, together / max(1, len(names)))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tvm.ir import IRModule
 
 from tvm_lowrank import console
+from tvm_lowrank.bridge.ranges import largest_operands
+from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.errors import UserError
-from tvm_lowrank.formats import FLOAT32
+from tvm_lowrank.formats import FLOAT32, FORMATS
 from tvm_lowrank.graph import Site
 from tvm_lowrank.methods import METHODS
 from tvm_lowrank.options import BundleOptions
@@ -47,7 +49,8 @@ def apply_plan(asked: BundleOptions, given: Mapping[str, Choice] | Path | str, *
         network = _network(inputs, plan, seed=seed, folder=asked.folder)
     with opened(inputs) as (device, oracle, times):
         formats = sorted(set(plan.formats.values())) or ([FLOAT32] if plan else inputs.formats)
-        dense = times.fastest_dense(lambda site: possible(site.spec, formats))
+        largest = _largest(inputs, formats, seed)
+        dense = times.fastest_dense(lambda site: possible(site.spec, formats, largest.get(site.id, 0.0)))
         return deliver_plan(
             plan,
             network,
@@ -78,6 +81,15 @@ def check_plan(plan: Mapping[str, Choice], sites: list[Site], name: str) -> None
             METHODS[choice.method].chain_specs(known[id].spec, choice.rank)
         except ValueError as error:
             raise UserError(f"{name}: site {id!r}: {error}; change the plan") from error
+
+
+def _largest(inputs: Inputs, formats: Sequence[str], seed: int) -> dict[str, float]:
+    """The largest operand of each site, where there is a format that may be too short for it."""
+    if not any(FORMATS[format].short for format in formats):
+        return {}
+    images = synthetic_images(inputs.mod, seed) if inputs.splits is None else inputs.splits.calibration
+    with console.progress("largest activations", len(images)) as advance:
+        return largest_operands(TorchBridge(inputs.mod), inputs.sites, images, advance=advance)
 
 
 def _network(inputs: Inputs, plan: Plan, *, seed: int, folder: Path) -> IRModule:

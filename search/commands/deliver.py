@@ -305,6 +305,10 @@ def site_entry(
 
 def reason(search: Search, site: Site, choice: Choice) -> str:
     """Why a site became what it is, in one sentence."""
+    return "; ".join(filter(None, [_reason(search, site, choice), search.too_large(site)]))
+
+
+def _reason(search: Search, site: Site, choice: Choice) -> str:
     name, damages = site.id, search.damage.get(site.id)
     if damages is None:
         return "left dense: the time limit came before it was examined"

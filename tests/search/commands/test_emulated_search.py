@@ -137,3 +137,34 @@ def test_emulated_boards_are_not_taken_for_real_ones(bundle: Path, boards: Board
     command = [sys.executable, "-m", "tvm_lowrank.cli", "bench", str(bundle), *address]
     done = subprocess.run(command, capture_output=True, text=True, cwd=sys.prefix, timeout=300)
     assert done.returncode == 2 and "is emulated" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e5])
+def test_float16_on_a_board(scale: float, folder: Path, boards: Boards) -> None:
+    """Its arithmetic is that of the bridge; a layer that reads larger numbers than it has stays in float32."""
+    model = network()
+    with torch.no_grad():  # the next layer makes up for it
+        model[0].weight.mul_(scale), model[0].bias.mul_(scale), model[2].weight.div_(scale)  # type: ignore[operator, union-attr]
+    manifest = tvm_lowrank.search(
+        model=model,
+        input_shape=(1, 3, SIZE, SIZE),
+        data=str(folder / "data.npz"),
+        target="rpi5",
+        precision="float16",
+        rpc_tracker=f"{boards.host}:{boards.port}",
+        rpc_key=boards.key,
+        emulate=True,
+        methods=("spatial",),
+        budget=40.0,
+        trials=1,
+        cache=folder / "cache",
+        out=folder / f"half{scale:g}",
+    )
+    sites = {site["id"]: site for site in manifest["sites"]}
+    formats = {name: site["format"] for name, site in sites.items()}
+    assert formats == {"0": "float32", "2": "float32" if scale > 1 else "float16", "4": "float16", "8": "float16"}
+    assert ("too much for float16" in sites["2"]["reason"]) == (scale > 1)
+    assert "too much" not in sites["4"]["reason"] + sites["8"]["reason"]
+    # the libraries were compared with PyTorch, which rounds as they do; the network is hardly another
+    accuracy = manifest["accuracy"]
+    assert accuracy["on_device"] == IMAGES and abs(accuracy["float32"]["dense"] - accuracy["dense"]) < 2
