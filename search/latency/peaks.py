@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
 import tvm
-from tvm import te
+from tvm import relax, te
 
-from tvm_lowrank.codegen.rounding import kept, widened
-from tvm_lowrank.codegen.schedule import FORMAT, UNITS, workload
-from tvm_lowrank.codegen.units import depth_of, units_of
+from tvm_lowrank.codegen.lower import kernels, lower
+from tvm_lowrank.codegen.schedule import workload
 from tvm_lowrank.errors import MeasurementError
 from tvm_lowrank.formats import FLOAT32
+from tvm_lowrank.precision import with_formats
 from tvm_lowrank.searching.latency.tiles import register_tiles
 from tvm_lowrank.searching.measure.bench import Bench, Devices, Job, TrialError
 from tvm_lowrank.targets.profile import Profile
@@ -84,20 +84,16 @@ def _fastest(bench: Bench, jobs: Sequence[Job]) -> float:
 
 
 def _products(rows: int, profile: Profile, format: str) -> list[Job]:
-    """A matrix product with several register tiles."""
-    units = [unit for unit in units_of(profile.tvm_target()) if unit.format == format]
-    depth, type = depth_of(units), kept(format)
-    a = te.placeholder((rows, DEPTH), type, name="a")
-    b = te.placeholder((DEPTH // depth, COLUMNS, depth), type, name="b")
-    steps, inside = te.reduce_axis((0, DEPTH // depth)), te.reduce_axis((0, depth))
-
-    def element(i: Any, j: Any) -> Any:
-        left, right = a[i, steps * depth + inside], b[steps, j, inside]
-        return te.sum(widened(left, format) * widened(right, format), axis=[steps, inside])
-
-    attrs = {FORMAT: format, UNITS: ",".join(unit.name for unit in units)}
-    product = te.compute((rows, COLUMNS), element, name="c", attrs=attrs)
-    func = tvm.IRModule({"main": te.create_prim_func([a, b, product])})
+    """A matrix product with several register tiles: the kernel of a 1x1 convolution."""
+    builder, x = relax.BlockBuilder(), relax.Var("x", relax.TensorType((1, DEPTH, 1, rows), FLOAT32))
+    weights = np.random.default_rng(0).standard_normal((COLUMNS, DEPTH, 1, 1)).astype(FLOAT32)
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            product = builder.emit(relax.op.nn.conv2d(x, relax.const(weights)), name_hint="product")
+            result = builder.emit_output(product)
+        builder.emit_func_output(result)
+    mod = with_formats(builder.get(), {"product": format})
+    [func] = [kernel.func for kernel in kernels(lower(mod, batch=1, target=profile.tvm_target())) if kernel.is_conv]
     space = workload(func)
     assert space is not None
     tiles = register_tiles(space, lanes=profile.lanes, registers=profile.registers)

@@ -14,6 +14,7 @@ import torch
 import tvm
 from torch import nn
 from tvm import relax
+from tvm.s_tir.transform import RemoveWeightLayoutRewriteBlock
 
 from tvm_lowrank.bridge.calibrate import predict
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
@@ -133,19 +134,19 @@ def test_what_is_computed(
         np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-4, err_msg=str(tiling))
 
 
-def test_a_matrix_product(emulated: ctypes.CDLL) -> None:
-    """What the peaks of a processor are measured with."""
-    job = _products(32, PROFILE, "bfloat16")[0]
-    assert job.tiling is not None and job.tiling.unit == AMX
-    built = tvm.compile(schedule.apply(job.func, job.tiling, target=TARGET, threads=1), TARGET)
-    shapes = [tuple(map(int, buffer.ty.shape)) for buffer in job.func["main"].params]
-    rng = np.random.default_rng(0)
-    a, b = (rng.standard_normal(shape).astype("float32") for shape in shapes[:2])
-    a, b = (array.astype("bfloat16").view("uint16") for array in (a, b))
-    out = tvm.runtime.tensor(np.zeros(shapes[2], "float32"))
-    # the weights are packed in the order in which the schedule reads them, so only their sums are known
-    built["main"](tvm.runtime.tensor(a), tvm.runtime.tensor(b), out)
-    assert np.isfinite(out.numpy()).all()
+def test_peaks_are_measured_with_tiles(emulated: ctypes.CDLL) -> None:
+    for job in _products(32, PROFILE, "bfloat16"):
+        assert job.tiling is not None and job.tiling.unit == AMX
+        func = RemoveWeightLayoutRewriteBlock(skip_tensor_rewrite=True)(
+            schedule.apply(job.func, job.tiling, target=TARGET, threads=1)
+        )
+        built = tvm.compile(func, target=TARGET)
+        shapes = [tuple(int(extent) for extent in param.shape) for param in func["main"].params]
+        a, b = (np.random.default_rng(0).standard_normal(shape).astype("float32") for shape in shapes[:2])
+        a, b = (array.astype("bfloat16").view("uint16") for array in (a, b))
+        result = tvm.runtime.tensor(np.zeros(shapes[2], "float32"))
+        built["main"](tvm.runtime.tensor(a), tvm.runtime.tensor(b), result)
+        assert np.isfinite(result.numpy()).all() and result.numpy().std() > 1
 
 
 def test_more_accumulators_than_registers_are_refused(emulated: ctypes.CDLL) -> None:
