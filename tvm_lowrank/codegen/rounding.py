@@ -19,6 +19,7 @@ from tvm_lowrank.precision import operand_formats, stored
 ASTYPE = Op.get("relax.astype")
 BITS = {"bfloat16": "uint16"}  # formats of which the code generator has no vectors: their bits are kept
 ELEMENTWISE = 0  # OpPatternKind kElemWise
+ROUNDED = "rounded"  # a block that only rounds to such a format
 
 
 def kept(format: str) -> str:
@@ -129,6 +130,6 @@ def astype(builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
         def convert(*index: Any) -> Any:
             return narrowed(x[index], to) if to in BITS else widened(x[index], given)
 
-        return te.compute(x.shape, convert, name="rounded" if to in BITS else "widened")
+        return te.compute(x.shape, convert, name=ROUNDED if to in BITS else "widened")
 
     return builder.call_te(compute, value, primfunc_name_hint="astype", primfunc_attrs={"op_pattern": ELEMENTWISE})

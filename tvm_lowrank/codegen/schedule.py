@@ -9,17 +9,20 @@ record applies to every kernel with the same key.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
 import tvm
+from tvm import tirx
 from tvm.ir import IRModule
 from tvm.s_tir import Schedule, ScheduleError
 from tvm.s_tir.meta_schedule.postproc import RewriteLayout
 
 from tvm_lowrank.codegen import tiles, units
+from tvm_lowrank.codegen.blocks import call, put
+from tvm_lowrank.codegen.rounding import ROUNDED, format_kept
 from tvm_lowrank.formats import FLOAT32
 
 logger = logging.getLogger(__name__)
@@ -191,15 +194,16 @@ def apply(func: IRModule, tiling: Tiling | None, *, target: tvm.target.Target, t
         _elementwise(sch, lanes=lanes, threads=threads)
         tile = None
     else:
-        tile = _tiled(sch, tiling, lanes=lanes, threads=threads)
+        rounding = _rounding(sch, tiling, target)
+        tile = _tiled(sch, tiling, rounding, lanes=lanes, threads=threads)
     # packs the constant operands in the order in which the tile reads them
     RewriteLayout().apply(sch)
+    functions = [] if tiling is None or rounding is None else [rounding.code(target)]
     if tiling is not None and tile is not None:
-        unit = units.UNITS[tiling.unit]
-        if isinstance(tile, _Tiles):
-            _products(sch, tile, unit, target)
-        else:
-            _dot(sch, tile, unit, target)
+        multiply = _products if isinstance(tile, _Tiles) else _dot
+        functions.append(multiply(sch, tile, units.UNITS[tiling.unit], target))
+    if functions:
+        sch.annotate(sch.get_loops(_blocks(sch)[-1])[0], "pragma_import_llvm", "".join(functions))
     return sch.mod
 
 
@@ -227,7 +231,15 @@ class _Tiles:
     threads: int
 
 
-def _tiled(sch: Schedule, tiling: Tiling, *, lanes: int, threads: int) -> Any:
+def _rounding(sch: Schedule, tiling: Tiling, target: tvm.target.Target) -> units.Rounding | None:
+    """The instruction for the last block of a kernel, if that only rounds what the one before it makes."""
+    last = sch.get(_blocks(sch)[-1])
+    if not str(last.name_hint).startswith(ROUNDED) or int(last.iter_vars[-1].dom.extent) % tiling.vector:
+        return None
+    return units.rounding_of(target, format_kept(str(last.writes[0].source.ty.dtype)), tiling.vector)
+
+
+def _tiled(sch: Schedule, tiling: Tiling, rounding: units.Rounding | None, *, lanes: int, threads: int) -> Any:
     """Tile a kernel; the loop over the lanes that an instruction for dot products takes the place of, or None.
 
     Of an instruction that multiplies tiles it is their `_Tiles`.
@@ -245,9 +257,10 @@ def _tiled(sch: Schedule, tiling: Tiling, *, lanes: int, threads: int) -> Any:
     for block in before:
         if block != pad:
             sch.compute_inline(block)
+    rounded = None if rounding is None else after.pop()
     for block in after[:-1]:
         sch.compute_inline(block)
-    epilogue = after[-1] if after else sch.cache_write(anchor, 0, "global")
+    epilogue = after[-1] if after else None if rounded else sch.cache_write(anchor, 0, "global")
 
     loops = sch.get_loops(anchor)
     work = prod(int(sch.get(loop).extent) for loop in loops)
@@ -289,8 +302,13 @@ def _tiled(sch: Schedule, tiling: Tiling, *, lanes: int, threads: int) -> Any:
         _vectorise(sch, sch.get_loops(pad)[-1], lanes)
     elif pad is not None:
         _spread(sch, sch.get_loops(pad), lanes=lanes, threads=threads)
-    sch.reverse_compute_at(epilogue, order[-1], preserve_unit_loops=True)
-    _vectorise(sch, sch.get_loops(epilogue)[-1], tiling.vector)
+    if epilogue is not None:
+        sch.reverse_compute_at(epilogue, order[-1], preserve_unit_loops=True)
+        _vectorise(sch, sch.get_loops(epilogue)[-1], tiling.vector)
+    if rounding is not None:
+        sch.reverse_compute_at(rounded, order[-1], preserve_unit_loops=True)
+        _, own = sch.split(sch.get_loops(rounded)[-1], [None, tiling.vector])
+        put(sch, sch.blockize(own), ROUNDED, _rounding_call(rounding))
     if not tiling.unit:
         sch.vectorize(lane)
     parallel = (leading or order) if threads > 1 and work >= PARALLEL_MACS else []
@@ -317,12 +335,21 @@ def _tile_partial(sch: Schedule, block: Any, loop: Any, tiling: Tiling, count: i
     sch.decompose_reduction(block, columns)
 
 
-def _dot(sch: Schedule, lane: Any, unit: units.Unit, target: tvm.target.Target) -> None:
-    """Put an instruction for dot products in the place of the innermost loops, from that over the lanes on."""
-    update = next(block for block in _blocks(sch) if FORMAT in sch.get(block).annotations)
-    outermost = sch.get_loops(update)[0]
+def _rounding_call(rounding: units.Rounding) -> Callable[..., Any]:
+    def make(source: Any, result: Any) -> Any:
+        first = [(0,) * len(buffer.ty.shape) for buffer in (result, source)]
+        return call(rounding.function, *(tirx.address_of(b[at]) for b, at in zip((result, source), first, strict=True)))
+
+    return make
+
+
+def _dot(sch: Schedule, lane: Any, unit: units.Unit, target: tvm.target.Target) -> str:
+    """Put an instruction for dot products in the place of the innermost loops, from that over the lanes on.
+
+    Returns the functions that it needs, in LLVM IR.
+    """
     sch.tensorize(lane, units.tensor_intrin(unit.name))
-    sch.annotate(outermost, "pragma_import_llvm", unit.code(target))
+    return unit.code(target)
 
 
 def _nest(sch: Schedule, block: Any, tiling: Tiling, unit: units.Unit, reduction: Sequence[int]) -> tiles.Nest:
@@ -350,8 +377,8 @@ def _nest(sch: Schedule, block: Any, tiling: Tiling, unit: units.Unit, reduction
     )
 
 
-def _products(sch: Schedule, place: _Tiles, unit: units.Unit, target: tvm.target.Target) -> None:
-    """Put products of tiles in the place of the innermost loops."""
+def _products(sch: Schedule, place: _Tiles, unit: units.Unit, target: tvm.target.Target) -> str:
+    """Put products of tiles in the place of the innermost loops; the functions that they need, in LLVM IR."""
     nest, within = place.nest, place.outermost
     block = sch.blockize(place.loop)
     if place.parallel:
@@ -362,9 +389,9 @@ def _products(sch: Schedule, place: _Tiles, unit: units.Unit, target: tvm.target
             chunks = next(d for d in range(least, count + 1) if count % d == 0)
             within, _ = sch.split(within, [chunks, None])
         sch.parallel(within)
-    sch.annotate(within, "pragma_import_llvm", tiles.functions(unit, target, rows=nest.rows, steps=nest.steps[1]))
     tiles.place(sch, block, nest, unit)
     tiles.begin(sch, within, nest, unit)
+    return tiles.functions(unit, target, rows=nest.rows, steps=nest.steps[1])
 
 
 def _elementwise(sch: Schedule, *, lanes: int, threads: int) -> None:

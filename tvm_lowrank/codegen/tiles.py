@@ -11,15 +11,16 @@ A thread says once, before it works on a kernel, how many rows and bytes its reg
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 
 import numpy as np
 import tvm
 from tvm import tirx
-from tvm.ir import TensorRegion
-from tvm.s_tir import MatchBufferRegion, SBlock, Schedule
+from tvm.s_tir import Schedule
 
+from tvm_lowrank.codegen.blocks import call, put
 from tvm_lowrank.codegen.units import Unit
 
 ACCUMULATORS = 4
@@ -113,21 +114,7 @@ def place(sch: Schedule, block: Any, nest: Nest, unit: Unit) -> None:
     """
     if len(nest.tiles) * nest.vectors > ACCUMULATORS:
         raise ValueError(f"{len(nest.tiles)}x{nest.vectors} accumulators, but {ACCUMULATORS} registers for them")
-    outer = sch.get(block)
-    parts = (*outer.reads, *outer.writes)
-    left, right, sums = buffers = [_buffer(part) for part in parts]
-    regions = [MatchBufferRegion(buffer, part) for buffer, part in zip(buffers, parts, strict=True)]
-    body = _products(nest, unit, left, right, sums)
-    made = SBlock(outer.iter_vars, outer.reads, outer.writes, "tiles", body, match_buffers=regions)
-    sch.state.replace(sch.get_sref(block), made, {outer: made})
-
-
-def _buffer(part: TensorRegion) -> Any:
-    """A buffer that stands for a part of another one, wherever that will lie."""
-    shape = [int(extent.extent) for extent in part.region]
-    strides = [tirx.Var(f"s{axis}", "int32") for axis in range(len(shape))]
-    offset, type = tirx.Var("offset", "int32"), part.source.ty.dtype
-    return tirx.decl_buffer(shape, type, "part", strides=strides, elem_offset=offset, offset_factor=1)
+    put(sch, block, "tiles", partial(_products, nest, unit))
 
 
 def _products(nest: Nest, unit: Unit, left: Any, right: Any, sums: Any) -> tirx.Stmt:
@@ -142,8 +129,8 @@ def _products(nest: Nest, unit: Unit, left: Any, right: Any, sums: Any) -> tirx.
     for loop, extent in zip(loops, extents, strict=True):
         number = number * extent + loop
 
-    def call(what: str, *arguments: Any) -> tirx.Stmt:
-        return tirx.Evaluate(tirx.call_extern("void", f"{name}_{what}", *arguments))
+    def do(what: str, *arguments: Any) -> tirx.Stmt:
+        return call(f"{name}_{what}", *arguments)
 
     def bytes_of(stride: Any, buffer: Any) -> Any:
         return (stride * np.dtype(str(buffer.ty.dtype)).itemsize).astype("int64")
@@ -152,15 +139,15 @@ def _products(nest: Nest, unit: Unit, left: Any, right: Any, sums: Any) -> tirx.
         steps_of = zip(nest.tiles[tile], nest.strides, walked, nest.dilations, strict=True)
         at = [position * stride + loop * dilation for position, stride, loop, dilation in steps_of]
         start = tirx.address_of(left[(*at, loops[-1] * (steps * unit.depth))])
-        return call(f"load_{LEFT[tile % 2]}", start, bytes_of(nest.strides[-1] * left.ty.strides[-2], left))
+        return do(f"load_{LEFT[tile % 2]}", start, bytes_of(nest.strides[-1] * left.ty.strides[-2], left))
 
     def load_weights(vector: int) -> tirx.Stmt:
         start = tirx.address_of(right[_unravelled((number * nest.vectors + vector) * packed, right)])
-        return call(f"load_{RIGHT[vector % 2]}", start, tirx.const(ROW, "int64"))
+        return do(f"load_{RIGHT[vector % 2]}", start, tirx.const(ROW, "int64"))
 
     def store(tile: int, vector: int) -> tirx.Stmt:
         start = tirx.address_of(sums[(*nest.tiles[tile], vector * columns)])
-        return call(f"store_{tile * nest.vectors + vector}", start, bytes_of(sums.ty.strides[-2], sums))
+        return do(f"store_{tile * nest.vectors + vector}", start, bytes_of(sums.ty.strides[-2], sums))
 
     pairs = list(product(range(len(nest.tiles)), range(nest.vectors)))
     work = []
@@ -168,11 +155,11 @@ def _products(nest: Nest, unit: Unit, left: Any, right: Any, sums: Any) -> tirx.
         work += [load(tile)] if vector == 0 else []
         # two registers hold all weights of a step, or they take turns
         work += [load_weights(vector)] if tile == 0 or nest.vectors > len(RIGHT) else []
-        work.append(call(f"dot_{tile * nest.vectors + vector}_{LEFT[tile % 2]}_{RIGHT[vector % 2]}"))
+        work.append(do(f"dot_{tile * nest.vectors + vector}_{LEFT[tile % 2]}_{RIGHT[vector % 2]}"))
     body: tirx.Stmt = tirx.SeqStmt(work)
     for loop, extent in reversed(list(zip(loops, extents, strict=True))):
         body = tirx.For(loop, 0, extent, tirx.ForKind.SERIAL, body)
-    zeros = [call(f"zero_{number}") for number in range(len(pairs))]
+    zeros = [do(f"zero_{number}") for number in range(len(pairs))]
     return tirx.SeqStmt([*zeros, body, *(store(*pair) for pair in pairs)])
 
 
@@ -188,8 +175,7 @@ def _unravelled(number: Any, buffer: Any) -> tuple[Any, ...]:
 def begin(sch: Schedule, loop: Any, nest: Nest, unit: Unit) -> None:
     """Shape the registers before a loop's body is run, and give them back after it."""
     own = f"{unit.function}_{nest.rows}_{nest.steps[1]}_begin"
-    before, after = (tirx.Evaluate(tirx.call_extern("void", what)) for what in (own, f"{unit.function}_end"))
     stmt = sch.get(loop)
-    body = tirx.SeqStmt([before, stmt.body, after])
+    body = tirx.SeqStmt([call(own), stmt.body, call(f"{unit.function}_end")])
     made = tirx.For(stmt.loop_var, stmt.min, stmt.extent, stmt.kind, body, annotations=stmt.annotations)
     sch.state.replace(sch.get_sref(loop), made)

@@ -112,6 +112,60 @@ UNITS = {
 """By name."""
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """An instruction that rounds ``lanes`` float32 numbers to a format: the nearest, ties to even.
+
+    The attributes are those of `Unit`.
+    """
+
+    name: str
+    format: str
+    features: frozenset[str]
+    instruction: str
+    element: str
+    lanes: int
+
+    @property
+    def function(self) -> str:
+        """The name of the function in LLVM IR: of where the result goes, and where the numbers are."""
+        return f"tvm_lowrank_round_{self.name}"
+
+    def code(self, target: tvm.target.Target) -> str:
+        """The function in LLVM IR; see `Unit.code`."""
+        cpu, features = str(target.attrs.get("mcpu", "")), ",".join(map(str, target.attrs.get("mattr", ())))
+        numbers, result = f"<{self.lanes} x float>", f"<{self.lanes} x {self.element}>"
+        return f"""
+define void @{self.function}(ptr %to, ptr %from) #1 {{
+  %numbers = load {numbers}, ptr %from, align 4
+  %result = call {result} @{self.instruction}({numbers} %numbers)
+  store {result} %result, ptr %to, align 2
+  ret void
+}}
+declare {result} @{self.instruction}({numbers})
+attributes #1 = {{ alwaysinline nounwind "target-cpu"="{cpu}" "target-features"="{features}" }}
+"""
+
+
+ROUNDINGS = (
+    Rounding(
+        name="avx512_bf16",
+        format="bfloat16",
+        features=frozenset({"avx512bf16"}),
+        instruction="llvm.x86.avx512bf16.cvtneps2bf16.512",
+        element="bfloat",
+        lanes=16,
+    ),
+)
+
+
+def rounding_of(target: tvm.target.Target, format: str, lanes: int) -> Rounding | None:
+    """The instruction that rounds so many numbers to a format on a target, if it has one."""
+    features = set(map(str, tvm.target.codegen.llvm_get_cpu_features(target)))
+    found = (r for r in ROUNDINGS if (r.format, r.lanes) == (format, lanes) and r.features <= features)
+    return next(found, None)
+
+
 # features of processors that add and multiply vectors of a format as fast as their bytes are fewer
 ARITHMETIC = {"fullfp16": "float16", "avx512fp16": "float16"}
 
