@@ -373,8 +373,8 @@ class Search:
                 return self.networks(plan, fit)
 
     def _fitted(self, plan: Plan, fit: Fit) -> IRModule:
-        """A plan's network after this fit; while it is trained, its memory is all that is needed."""
-        if fit != "decomposed":
+        """A plan's network after this fit; while a large one is made, all memory is for it."""
+        if fit != "decomposed" or self.networks.recovery == "refitted":
             self.times.rest()
         return self.networks(plan, fit)
 

@@ -20,7 +20,7 @@ from tvm_lowrank.codegen import schedule
 from tvm_lowrank.codegen.lower import build, kernels, kernels_of, lower
 from tvm_lowrank.codegen.rounding import as_kept, narrowed, widened
 from tvm_lowrank.codegen.schedule import workload
-from tvm_lowrank.codegen.units import UNITS, Unit, formats_of, tensor_intrin, units_of
+from tvm_lowrank.codegen.units import UNITS, Unit, formats_of, rounding_of, tensor_intrin, units_of
 from tvm_lowrank.formats import FORMATS
 from tvm_lowrank.graph import find_sites
 from tvm_lowrank.precision import with_formats
@@ -140,6 +140,47 @@ def test_the_instruction_is_in_the_code() -> None:
     library = build(lowered, {}, TARGET)
     code = library.mod.imports[0].inspect_source("asm")
     assert "vdpbf16ps" in code and not re.search(r"call\S*\s+\S*tvm_lowrank", code), "the function is inlined"
+
+
+class Ends(nn.Module):
+    """Its result is a convolution, or what one reads."""
+
+    def __init__(self, *, read: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(16, 16, 1, bias=False), nn.Conv2d(16, 16, 3, padding=1, bias=False)
+        self.read = read
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.first(x))
+        return x + torch.relu(self.second(x)).mean() if self.read else self.second(x)
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_the_last_of_a_network_is_a_convolution(read: bool) -> None:
+    mod, x = half(network(Ends(read=read)), (16, 8, 8)), sample(2, 16, 8, 8)
+    assert close(run(build(lower(mod, batch=2, target=TARGET), {}, TARGET), x), reference(mod, x), 2**-8)
+
+
+@pytest.mark.parametrize("channels", [32, 24])
+@pytest.mark.parametrize("cpu", ["", "haswell"])
+def test_results_are_rounded_to_the_nearest(channels: int, cpu: str) -> None:
+    """Any bit pattern, by the processor's instruction where it has one and the channels fill its vectors."""
+    bits = np.random.default_rng(0).integers(0, 2**32, channels, dtype=np.uint64).astype("uint32")
+    bits[: channels // 2] = bits[: channels // 2] & 0xFFFF0000 | 0x8000  # half way between two
+    bias = bits.view("float32").copy()
+    bias[~np.isfinite(bias) | (np.abs(bias) < 1e-30) | (np.abs(bias) > 1e30)] = 1.00390625
+    first, second = nn.Conv2d(16, channels, 1), nn.Conv2d(channels, channels, 1, bias=False)
+    with torch.no_grad():
+        first.bias.copy_(torch.from_numpy(bias))  # type: ignore[union-attr]
+        second.weight.copy_(torch.eye(channels)[:, :, None, None])
+    mod, x = half(nn.Sequential(first, second), (16, 4, 4)), np.zeros((1, 16, 4, 4), "float32")
+    target = tvm.target.Target({"kind": "llvm", "mcpu": cpu}) if cpu else TARGET
+    lowered = lower(mod, batch=1, target=target)
+    library = build(lowered, {}, target)
+    found = run(library, x)[0, :, 0, 0]
+    np.testing.assert_array_equal(found, FORMATS["bfloat16"].rounded(bias))
+    code = library.mod.imports[0].inspect_source("asm")
+    assert ("vcvtneps2bf16" in code) == (rounding_of(target, "bfloat16", 16) is not None and channels == 32)
 
 
 def test_what_convolutions_read_is_kept_in_half_precision_and_others_read_it_too() -> None:

@@ -1,7 +1,7 @@
 """The manifest of a bundle, which is the directory that is shipped: written piece by piece, then read again.
 
 ``model.so`` (compressed) and ``dense.so`` have one function ``main(x)`` for a fixed batch; ``plan.json`` says what
-became of every site; ``model.pt2`` and ``model.onnx`` are the compressed network for other tools;
+became of every site; ``model.pt2`` and ``model.onnx`` are the compressed network for other tools, in float32;
 ``manifest.json`` (schema 1, written last) describes the rest (``accuracy`` and ``data`` are null if there was no data):
 
     schema, versions, model, target, budget (points), input_shape ([N, C, H, W] of the libraries),

@@ -78,14 +78,19 @@ class _Rounder(PyExprMutator):
         attrs = {name: getattr(spec, name) for name in ("strides", "padding", "dilation", "groups")}
         layouts = {name: str(getattr(call.attrs, name)) for name in ("data_layout", "kernel_layout", "out_layout")}
         result = relax.op.nn.conv2d(data, weight, **attrs, **layouts, out_dtype=FLOAT32)
-        self.set_var_remap(binding.var, self.builder_.emit(result))
+        self._become(binding.var, result)
 
     def _round(self, var: relax.Var, value: relax.Expr) -> None:
         """Keep a value in the format in which it is read; who needs float32 gets the rounded numbers."""
         if var not in self.stored:
             return
         self.rounded[var] = self.builder_.emit(relax.op.astype(value, self.stored[var].name))
-        self.set_var_remap(var, self.builder_.emit(relax.op.astype(self.rounded[var], FLOAT32)))
+        self._become(var, relax.op.astype(self.rounded[var], FLOAT32))
+
+    def _become(self, var: relax.Var, value: relax.Expr) -> None:
+        """Let a value take the place of a variable, which may be the result of the function."""
+        inside = isinstance(var, relax.DataflowVar) or var == self.input
+        self.set_var_remap(var, (self.builder_.emit if inside else self.builder_.emit_output)(value))
 
 
 def widened(value: Any, format: str) -> Any:
