@@ -431,6 +431,7 @@ def other_runtimes(module: Any, x: np.ndarray, threads: int) -> dict[str, Callab
 
             settings = {
                 "INFERENCE_NUM_THREADS": threads,
+                "ENABLE_CPU_PINNING": False,  # it would share a core with whatever else is there
                 "NUM_STREAMS": 1,
                 "PERFORMANCE_HINT": "LATENCY",
                 "INFERENCE_PRECISION_HINT": "f32",

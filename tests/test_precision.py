@@ -15,6 +15,7 @@ from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.formats import FORMATS
 from tvm_lowrank.graph import find_sites
+from tvm_lowrank.methods import ConvSpec
 from tvm_lowrank.plan import Choice, Plan
 from tvm_lowrank.precision import applies, formats_of, operand_formats, possible, stored, with_formats
 from tvm_lowrank.transform import DecomposeConv2D, shaped
@@ -23,7 +24,7 @@ HALF = ["bfloat16", "float16"]
 
 
 def three() -> tvm.IRModule:
-    """An input layer, one that may be in half precision, and a depthwise one."""
+    """An input layer, another one, and a depthwise one."""
     return canonical(
         network(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3, groups=16)),
         (3, 12, 12),
@@ -42,14 +43,17 @@ def test_formats_are_kept_merged_and_taken_back() -> None:
         with_formats(mod, {a: "int4"})
 
 
-def test_first_and_depthwise_layers_stay_in_float32() -> None:
+def test_all_but_narrow_groups_may_be_in_half_precision() -> None:
     mod = three()
-    first, second, third = find_sites(mod)
-    assert [applies(site.spec) for site in (first, second, third)] == [False, True, False]
-    assert possible(first.spec, HALF) == ("float32",) and possible(second.spec, HALF) == HALF
-    function = with_formats(mod, {site.id: "bfloat16" for site in find_sites(mod)})["main"]
-    assert set(operand_formats(function)) == {second.id}
-    assert len(stored(function)) == 1
+    sites = find_sites(mod)
+    assert all(applies(site.spec) for site in sites)
+    function = with_formats(mod, {site.id: "bfloat16" for site in sites})["main"]
+    assert set(operand_formats(function)) == {site.id for site in sites}
+    # the image and what the first two make
+    assert len(stored(function)) == 3
+    narrow, multiplied = ConvSpec(16, 16, (3, 3), groups=4), ConvSpec(16, 32, (3, 3), groups=16)
+    assert not applies(narrow) and not applies(multiplied) and applies(ConvSpec(32, 32, (3, 3), groups=4))
+    assert possible(narrow, HALF) == ("float32",) and possible(sites[0].spec, HALF) == HALF
 
 
 @pytest.mark.parametrize("format", HALF)

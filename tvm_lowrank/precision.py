@@ -18,7 +18,7 @@ from tvm_lowrank.graph import bindings, chain_of, conv_spec, is_site
 from tvm_lowrank.methods import ConvSpec
 
 ATTRIBUTE = "formats"
-NARROW = 8  # channels; convolutions whose groups have fewer are computed in float32
+NARROW = 8  # channels; groups that have fewer do not fill the vectors, and are interleaved in float32
 
 
 def with_formats(mod: IRModule, formats: Mapping[str, str], *, name: str = "main") -> IRModule:
@@ -48,8 +48,9 @@ def formats_of(function: relax.Function) -> dict[str, str]:
 
 
 def applies(spec: ConvSpec) -> bool:
-    """Whether a convolution may be computed in half precision: first layers and depthwise ones may not."""
-    return min(spec.in_channels, spec.out_channels) // spec.groups >= NARROW
+    """Whether a convolution may be computed in half precision: all but those of narrow groups; depthwise ones may."""
+    inside, outside = spec.in_channels // spec.groups, spec.out_channels // spec.groups
+    return spec.groups == 1 or inside == outside == 1 or min(inside, outside) >= NARROW
 
 
 def possible(spec: ConvSpec, formats: Sequence[str], largest: float = 0.0) -> Sequence[str]:

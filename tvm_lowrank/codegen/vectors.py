@@ -197,12 +197,13 @@ def _rounded(call: relax.Call, format: str, units: Sequence[Unit], x: te.Tensor,
         return padded[(*place, group + channel)], weight[row, column, channel, c]
 
     def dot() -> te.Tensor:
-        depth = depth_of(units)
+        depth, whole = depth_of(units), FORMATS[format].summed > 1
         rows, columns, steps, inside = (te.reduce_axis((0, n)) for n in (height, width, inner // depth, depth))
 
         def product(*at: Any) -> Any:
             one, other = operands(at, rows, columns, steps * depth + inside)
-            return te.sum(widened(one, format) * widened(other, format), axis=[rows, columns, steps, inside])
+            value = one * other if whole else widened(one, format) * widened(other, format)
+            return te.sum(value, axis=[rows, columns, steps, inside])
 
         attrs = {
             FORMAT: format,
@@ -210,7 +211,10 @@ def _rounded(call: relax.Call, format: str, units: Sequence[Unit], x: te.Tensor,
             STRIDES: f"{stride},{column_stride}",
             DILATIONS: f"{dilation},{column_dilation}",
         }
-        return te.compute((*shape[:-1], computed), product, name="conv2d_nhwc", attrs=attrs)
+        sums = te.compute((*shape[:-1], computed), product, name="conv2d_nhwc", attrs=attrs)
+        if not whole:
+            return sums
+        return te.compute(sums.shape, lambda *at: sums[at].astype(FLOAT32), name="widened")
 
     def in_blocks(most: int) -> te.Tensor:
         block = largest_divisor(inner, max(1, most // width))
@@ -231,7 +235,8 @@ def _rounded(call: relax.Call, format: str, units: Sequence[Unit], x: te.Tensor,
         )
 
     summed = FORMATS[format].summed
-    conv = dot() if summed == 1 else in_blocks(summed)
+    few = height * width * inner <= summed
+    conv = dot() if few or summed == 1 else in_blocks(summed)
     if computed == shape[-1]:
         return conv
     return te.compute(shape, lambda *index: conv[index], name="valid")

@@ -53,7 +53,7 @@ def test_a_plan_with_formats_is_built_as_it_says(tmp_path: Path) -> None:
         name: "bfloat16" if name == "conv2" else "float32" for name in made
     }
     # the dense library is the fastest in the plan's formats
-    assert made["conv4"]["dense_format"] == "bfloat16" and made["conv1"]["dense_format"] == "float32"
+    assert made["conv4"]["dense_format"] == "bfloat16"
     assert set(manifest["latency_ms"]) >= {"dense", "compressed", "float32"}
     assert not (tmp_path / "out" / "float32.so").exists()
     assert Plan.read(tmp_path / "out" / "plan.json").formats == {"conv2": "bfloat16"}
