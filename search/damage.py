@@ -1,11 +1,12 @@
 """Damage: how much of the dense network's answer a candidate is predicted to lose.
 
-The unit is the Kullback-Leibler divergence, in nats an image, from the dense network's class probabilities to the
-changed network's, averaged over calibration images: it needs no labels, is far less noisy than counting wrong answers,
-and for small changes adds up over sites. The Fisher information of a site's outputs predicts it to second order for
-every method and rank (see `tvm_lowrank.methods.common.fisher`). What larger changes really cost grows faster, alike for
-all methods: each site is probed by really evaluating the network with that one change, a few times, and a curve through
-the probes corrects the prediction.
+The unit is the Kullback-Leibler divergence, in nats an image, from the dense network's answers (class probabilities, or
+what its outputs mean else: `tvm_lowrank.bridge.answers`) to the changed network's, averaged over calibration images: it
+needs no labels, is far less noisy than counting wrong answers, and for small changes adds up over sites. The Fisher
+information of a site's outputs predicts it to second order for every method and rank (see
+`tvm_lowrank.methods.common.fisher`). What larger changes really cost grows faster, alike for all methods: each site is
+probed by really evaluating the network with that one change, a few times, and a curve through the probes corrects the
+prediction.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from scipy.interpolate import PchipInterpolator
 
+from tvm_lowrank.bridge.answers import Answers
 from tvm_lowrank.plan import Choice
 
 # predicted damages at which a site is probed, as shares of what it may take in a likely plan
@@ -27,15 +29,15 @@ SOLVED = 3  # ranks of a site that are solved where each takes a solve; the erro
 MANY = 6  # from which on the largest rank, whose solve takes longest, is not among them
 
 
-def divergence(dense: np.ndarray, changed: np.ndarray) -> float:
-    """Mean Kullback-Leibler divergence in nats of the softmax of (n, classes) logits.
+def divergence(answers: Answers, dense: np.ndarray, changed: np.ndarray) -> float:
+    """Mean Kullback-Leibler divergence in nats an image of outputs (n, …), by what they mean.
 
-    Where the changed ones are no numbers, nothing is known of the image: all classes are as likely.
+    Where the changed ones are no numbers, nothing is known of the image: all answers are as likely.
     """
-    changed = np.where(np.isfinite(changed).all(axis=1, keepdims=True), changed, 0.0)
-    p = torch.log_softmax(torch.from_numpy(dense).double(), dim=1)
-    q = torch.log_softmax(torch.from_numpy(changed).double(), dim=1)
-    return max(0.0, float((p.exp() * (p - q)).sum(dim=1).mean()))
+    finite = np.isfinite(changed).reshape(len(changed), -1).all(axis=1)
+    changed = np.where(finite.reshape(-1, *[1] * (changed.ndim - 1)), changed, answers.unknown)
+    nats = answers.divergences(torch.from_numpy(dense).double(), torch.from_numpy(changed).double())
+    return max(0.0, float(nats.mean()))
 
 
 def to_solve(costs: Mapping[Choice, float]) -> list[Choice]:

@@ -127,7 +127,12 @@ class MetricOptions(DataOptions):
     """Data, and what a right answer is."""
 
     TITLE: ClassVar[str] = "Data"
-    metric: str = option("top1, top5 or file.py:function (of logits and labels, 0 to 1 an image).", default="top1")
+    metric: str = option("top1, top5 or file.py:function (of outputs and labels, 0 to 1 an image).", default="top1")
+    output: str | None = option(
+        "What the outputs are, by which damage is counted: scores, scores:AXIS (of classes), multilabel, regression "
+        "or embedding; left out, the network's end tells.",
+        default=None,
+    )
 
 
 @_options

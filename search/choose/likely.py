@@ -13,8 +13,10 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from scipy.optimize import minimize_scalar
 
+from tvm_lowrank.bridge.answers import SCORES, Answers
 from tvm_lowrank.data.metric import Metric
 
 DRAWS = 32  # labels of each image
@@ -33,14 +35,21 @@ class Likely:
     labels: np.ndarray
 
     @classmethod
-    def of(cls, metric: Metric, dense: np.ndarray, labels: np.ndarray, *, seed: int = 0) -> Likely | None:
-        """By its outputs (n, classes) and the labels (n,) of the same images.
+    def of(
+        cls, metric: Metric, dense: np.ndarray, labels: np.ndarray, answers: Answers, *, seed: int = 0
+    ) -> Likely | None:
+        """By its outputs (n, classes), which mean ``answers``, and the labels (n,) of the same images.
 
         None if the outputs are no scores of the labels' classes, or say nothing of how often the network is right.
         """
-        if dense.ndim != 2 or not len(labels) or not 0 <= labels.min() <= labels.max() < dense.shape[1]:
+        if (
+            dense.ndim != 2
+            or answers.kind != SCORES
+            or not len(labels)
+            or not 0 <= labels.min() <= labels.max() < dense.shape[1]
+        ):
             return None
-        cumulative = np.cumsum(calibrated(dense, labels), axis=1)
+        cumulative = np.cumsum(calibrated(answers.logits(torch.from_numpy(dense))[:, 0].numpy(), labels), axis=1)
         drawn = np.random.default_rng(seed).random((DRAWS, len(labels), 1)) * cumulative[:, -1:]
         found = cls(metric, dense, np.stack([(own >= cumulative).sum(axis=1) for own in drawn]))
         counted, likely = metric.scores(dense, labels), found._scores(dense).mean(axis=0)

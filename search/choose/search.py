@@ -21,6 +21,7 @@ import numpy as np
 from tvm.ir import IRModule
 
 from tvm_lowrank import console
+from tvm_lowrank.bridge.answers import Answers, answers_of
 from tvm_lowrank.bridge.calibrate import predict
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.data.metric import INTERVAL, Metric, accuracy, paired_drop
@@ -170,6 +171,11 @@ class Search:
         self._recovery = Recovery(LEFT[self.networks.recovery])
 
     @cached_property
+    def answers(self) -> Answers:
+        """What the network's outputs mean."""
+        return answers_of(self.mod["main"])
+
+    @cached_property
     def dense_selection(self) -> np.ndarray:
         """The dense network's outputs on the selection images."""
         return self._answers(self.mod)
@@ -177,7 +183,9 @@ class Search:
     @cached_property
     def likely(self) -> Likely | None:
         """What other answers on the selection images are likely to cost, if the dense network's tell."""
-        found = Likely.of(self.metric, self.dense_selection, self.splits.selection[1], seed=self.settings.seed)
+        found = Likely.of(
+            self.metric, self.dense_selection, self.splits.selection[1], self.answers, seed=self.settings.seed
+        )
         if found is None:
             console.warn("the network's probabilities do not tell how often it is right; drops are counted only")
         return found
@@ -302,7 +310,7 @@ class Search:
                 "fit": fit,
                 "ms": placed.ms,
                 "predicted": placed.predicted,
-                "damage": divergence(self.dense_selection, logits),
+                "damage": divergence(self.answers, self.dense_selection, logits),
                 "drop": drop,
                 "error": error,
                 "likely": likely,
@@ -385,7 +393,9 @@ class Search:
         """A network on the selection split."""
         images, labels = self.splits.selection
         logits = predict(bridge, images)
-        return Judged(divergence(self.dense_selection, logits), accuracy(self.metric.scores(logits, labels)))
+        return Judged(
+            divergence(self.answers, self.dense_selection, logits), accuracy(self.metric.scores(logits, labels))
+        )
 
     def prepare(self) -> None:
         """Find the damage of all candidates, and time the dense network: the surrogate's first data."""

@@ -193,7 +193,7 @@ class Sensitivity:
             if unknown:
                 chains = [self._to_probe.get(key) or self.chain(name, keys[key]) for key in unknown]
                 for key, changed in zip(unknown, predict_each(self._bridge, images, name, chains), strict=True):
-                    journal.record("probe", key, divergence(dense, changed))
+                    journal.record("probe", key, divergence(self._bridge.answers, dense, changed))
             if keys:
                 found[name] = {own[choice]: journal.get("probe", key) for key, choice in keys.items()}
         self._to_probe = Shelf(self.folder)  # they are not needed any more
@@ -226,7 +226,7 @@ class Sensitivity:
 
         def look() -> float:
             network = TorchBridge(with_formats(self.mod, dict.fromkeys(names, format)))
-            return divergence(predict(self._bridge, self.probed), predict(network, self.probed))
+            return divergence(self._bridge.answers, predict(self._bridge, self.probed), predict(network, self.probed))
 
         return float(journal.once("probe", f"{', '.join(names)} in {format}", look))
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from tvm.ir import IRModule
 
 from tvm_lowrank import console, example
+from tvm_lowrank.bridge.answers import MULTILABEL, SCORES, Answers, answers_of, guessed, measured, with_answers
+from tvm_lowrank.bridge.answers import asked as said_of
+from tvm_lowrank.bridge.calibrate import predict
+from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.bundle.manifest import prepare_out
 from tvm_lowrank.codegen.link import find_compiler
 from tvm_lowrank.data.metric import Metric, load_metric
@@ -32,6 +38,7 @@ from tvm_lowrank.targets.profile import Profile, load_levels
 from tvm_lowrank.targets.toolchain import cache_folder
 
 SYNTHETIC_IMAGES = 500
+SPREAD_IMAGES = 64  # on which the spread of regressions is measured
 
 
 AUTO = "auto"
@@ -105,6 +112,8 @@ def load(asked: NetworkOptions, workers: Workers | None = None) -> Inputs:
         metric = load_metric(asked.metric)
         prepare_out(asked.folder, force=asked.force or resumes(asked))
     mod = load_model(asked)
+    if metric.name == "top1" and yes_or_no(mod):
+        metric = load_metric("binary-probability" if answers_of(mod["main"]).probabilities else "binary")
     if isinstance(asked, BundleOptions) and (asked.model is None or asked.data is not None):
         splits = _load_splits(asked, mod)
     if isinstance(asked, SearchOptions) and asked.finetune is not None:
@@ -126,11 +135,29 @@ def _check_methods(methods: Sequence[str]) -> None:
 
 
 def load_model(asked: ModelOptions) -> IRModule:
-    """The canonical module of a model; UserError if it cannot be imported."""
-    if asked.model is not None:
-        return import_model(asked.model, input_shape=asked.input_shape)
-    console.phase("no --model: using the bundled example, a VGG-style CIFAR-10 network")
-    return import_model(example.model(), input_shape=example.INPUT_SHAPE)
+    """The canonical module of a model, which says what its outputs mean; UserError if it cannot be imported."""
+    if asked.model is None:
+        console.phase("no --model: using the bundled example, a VGG-style CIFAR-10 network")
+        mod = import_model(example.model(), input_shape=example.INPUT_SHAPE)
+    else:
+        mod = import_model(asked.model, input_shape=asked.input_shape)
+    return _meaning(asked, mod) if isinstance(asked, BundleOptions) else mod
+
+
+def _meaning(asked: BundleOptions, mod: IRModule) -> IRModule:
+    """The module with what its outputs mean: as it was asked for, or as its end suggests."""
+    function = mod["main"]
+    if asked.output is not None:
+        answers = said_of(asked.output, function)
+    else:
+        answers = guessed(function)
+        if answers != Answers() or len(function.ret_ty.shape) != 2:
+            shape = ", ".join(["n", *(str(int(extent)) for extent in list(function.ret_ty.shape)[1:])])
+            console.phase(f"outputs ({shape}) are taken for {answers}; --output says otherwise")
+    # every worker of a training must count alike, so the spread is that on images that all of them have
+    images = dead_leaves(image_shape(mod), SPREAD_IMAGES, seed=0)
+    found = measured(answers, lambda: torch.from_numpy(predict(TorchBridge(mod), images)))
+    return mod if found == guessed(function) else with_answers(mod, found)
 
 
 def _load_splits(asked: BundleOptions, mod: IRModule) -> Splits:
@@ -168,8 +195,17 @@ def image_shape(mod: IRModule) -> tuple[int, int, int]:
 
 
 def _classes(mod: IRModule) -> int | None:
+    """How many classes labels may count, if they count classes."""
+    if yes_or_no(mod):
+        return 2
     shape = mod["main"].ret_ty.shape
-    return int(shape[-1]) if len(shape) == 2 else None
+    return int(shape[-1]) if len(shape) == 2 and answers_of(mod["main"]).kind == SCORES else None
+
+
+def yes_or_no(mod: IRModule) -> bool:
+    """Whether a network answers one question with yes or no."""
+    extents = [int(extent) for extent in list(mod["main"].ret_ty.shape)[1:]]
+    return answers_of(mod["main"]).kind == MULTILABEL and math.prod(extents) == 1
 
 
 def synthetic_images(mod: IRModule, seed: int) -> np.ndarray:

@@ -312,7 +312,7 @@ class _Trainer:
             with torch.no_grad():
                 wanted = watched(self._teacher, images)
             how = {"temperature": settings.temperature, "features": settings.features}
-            loss = loss + settings.distil * imitation(wanted, got, **how)
+            loss = loss + settings.distil * imitation(wanted, got, self._teacher.bridge.answers, **how)
         return loss
 
 

@@ -68,7 +68,7 @@ def reconstruct(
         for part in batch.split(at_once):
             with torch.no_grad():
                 wanted = watched(teacher, part)
-            loss = imitation(wanted, watched(student, part)) * (len(part) / len(batch))
+            loss = imitation(wanted, watched(student, part), teacher.bridge.answers) * (len(part) / len(batch))
             if not math.isfinite(loss.item()):
                 return False
             loss.backward()
@@ -117,8 +117,9 @@ def reconstruct_if_better(
     images = evenly(images, _most(dense))
     with console.progress("reconstructing", PASSES * len(images)) as advance:
         found = reconstruct(dense, network, images, limit=limit, seed=seed, check=check, advance=advance)
-    wanted = predict(TorchBridge(dense), others)
-    return min(network, found, key=lambda mod: divergence(wanted, predict(TorchBridge(mod), others)))
+    bridge = TorchBridge(dense)
+    wanted = predict(bridge, others)
+    return min(network, found, key=lambda mod: divergence(bridge.answers, wanted, predict(TorchBridge(mod), others)))
 
 
 def affordable(mod: IRModule, images: int) -> bool:

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from tvm.ir import IRModule
 
+from tvm_lowrank.bridge.answers import Answers
 from tvm_lowrank.bridge.half import Fast
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.graph import bindings, chain_of, conv_spec, is_site
@@ -86,18 +86,16 @@ def watched(learner: Learner, images: Tensor) -> Watched:
     return inputs, output
 
 
-def imitation(wanted: Watched, got: Watched, *, temperature: float = 1.0, features: float = FEATURES) -> Tensor:
+def imitation(
+    wanted: Watched, got: Watched, answers: Answers, *, temperature: float = 1.0, features: float = FEATURES
+) -> Tensor:
     """How far a network, as `watched`, is from what is wanted: its answers, and with a weight the inputs of its sites.
 
-    Of class scores (n, classes) this is the divergence in nats, both divided by the temperature first, times its square
-    (Hinton et al. 2015); of other outputs, and of inputs, the mean squared error relative to the mean square.
+    Of answers this is the divergence in nats, by what they mean; of inputs the mean squared error relative to the mean
+    square.
     """
     (inputs, output), (own_inputs, own_output) = wanted, got
-    if output.dim() == 2:
-        answers, own = ((values / temperature).log_softmax(dim=1) for values in (output, own_output))
-        loss = temperature**2 * F.kl_div(own, answers, log_target=True, reduction="batchmean")
-    else:
-        loss = _relative_error(output, own_output)
+    loss = answers.divergences(output, own_output, temperature=temperature).mean()
     return loss + features * features_error(inputs, own_inputs)
 
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tvm_lowrank.bridge.answers import Answers
 from tvm_lowrank.plan import Choice
 from tvm_lowrank.searching.damage import PROBED_SHARES, SOLVED, DamageCurve, divergence, interpolated, probes
 
@@ -42,8 +43,8 @@ def test_divergence_is_that_of_the_definition() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((2, 50, 10))
     p, q = (np.exp(x) / np.exp(x).sum(axis=1, keepdims=True) for x in (a, b))
-    assert divergence(a, b) == pytest.approx(np.mean(np.sum(p * np.log(p / q), axis=1)))
-    assert divergence(a, a + 3) == pytest.approx(0, abs=1e-12)
+    assert divergence(Answers(), a, b) == pytest.approx(np.mean(np.sum(p * np.log(p / q), axis=1)))
+    assert divergence(Answers(), a, a + 3) == pytest.approx(0, abs=1e-12)
 
 
 def test_probes_span_the_likely_damages_with_all_methods() -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tvm_lowrank.bridge.answers import Answers
 from tvm_lowrank.bridge.half import Fast
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.bridge.torch_nn import chain
@@ -182,9 +183,9 @@ def collect_fisher(
 ) -> dict[str, np.ndarray]:
     """Fisher information of the outputs of each site, (N, N): per image, summed over output positions.
 
-    Class scores (n, classes) are taken as logits, and the classes are drawn from the network's own probabilities at
-    `TEMPERATURE`, as large as at 1 on average: no labels are used. For a site that makes these scores nothing is drawn:
-    the information of p is diag(p) - p p^T. Any other output counts as the mean of a Gaussian of variance 1.
+    Answers are drawn from the network's own probabilities, by what its outputs mean, at `TEMPERATURE`, and the result
+    is as large as at 1 on average: no labels are used. For a site that makes class scores (n, classes) nothing is
+    drawn: the information of p is diag(p) - p p^T.
 
     Parameters
     ----------
@@ -207,8 +208,9 @@ def each_fisher(
     generator = torch.Generator().manual_seed(seed)
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(wanted, 0)
-    network = Fast(deepcopy(bridge))
-    spread = torch.zeros(2, dtype=torch.float64)  # of the class scores: at temperature 1, and at `TEMPERATURE`
+    network, answers = Fast(deepcopy(bridge)), bridge.answers
+    plain = answers == Answers() and len(bridge.function.ret_ty.shape) == 2  # class scores (n, classes)
+    spread = torch.zeros(2, dtype=torch.float64)  # of the answers: at temperature 1, and at `TEMPERATURE`
     for start, chunk in batches(images, min(batch_of(images), trained_at_once(bridge))):
         chunk.requires_grad_(True)
         outputs: dict[str, Tensor] = {}
@@ -219,16 +221,12 @@ def each_fisher(
 
         answer = network(chunk, tap=tap)
         of_answer = None  # the gradient of the loss in the class scores
-        if answer.dim() == 2:
-            scores = answer.detach()
-            p = (scores / TEMPERATURE).softmax(dim=1)
-            spread += torch.stack([_spread(scores.softmax(dim=1)), _spread(p)])
-            classes = torch.multinomial(p, 1, generator=generator)[:, 0]
-            loss = TEMPERATURE * F.cross_entropy(answer / TEMPERATURE, classes, reduction="sum")
-            of_answer = p - F.one_hot(classes, p.shape[1])
-        else:
-            loss = (answer * torch.randn(answer.shape, generator=generator)).sum()
-        for name, gradient in zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True):
+        loss, traces = answers.draw(answer, generator, temperature=TEMPERATURE)
+        spread += traces
+        gradients = torch.autograd.grad(loss, [*outputs.values(), *([answer] if plain else [])])
+        if plain:
+            of_answer, p = gradients[-1].float(), (answer.detach().float() / TEMPERATURE).softmax(dim=1)
+        for name, gradient in zip(outputs, gradients, strict=False):
             if of_answer is not None and _same(gradient, of_answer):
                 counts[name] += p.numel()
                 product = torch.diag(p.sum(dim=0)) - p.T @ p
@@ -247,11 +245,6 @@ def each_fisher(
     for name in list(sums):
         mean = (sums.pop(name) / len(images)).double().numpy() * scale
         yield name, shrunk_to_few(mean[None], counts[name])[0]
-
-
-def _spread(p: Tensor) -> Tensor:
-    """The trace of the information of probabilities (n, classes), summed over images."""
-    return (1 - p.double().square().sum(dim=1)).sum()
 
 
 def _same(gradient: Tensor, of_answer: Tensor) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tvm import relax, tirx
 from tvm.ir import Call, GenericConst, IRModule, Tuple, TupleGetItem
 
+from tvm_lowrank.bridge.answers import answers_of
 from tvm_lowrank.bridge.torch_nn import OPERATORS
 from tvm_lowrank.bridge.torch_ops import Compute
 from tvm_lowrank.errors import UserError
@@ -148,6 +149,7 @@ class TorchBridge(nn.Module):
         self._steps = _with_frees(steps, self._reads(function))
         self._creates = any(isinstance(b.value, Call) and str(_op(b.value)) in _CREATION for b in bindings(function))
         self._sites = self._site_names(function)
+        self.answers = answers_of(function)
 
     @property
     def function(self) -> relax.Function:

@@ -18,6 +18,7 @@ from tvm_lowrank.data.reference import absolute, is_reference, load_object, summ
 from tvm_lowrank.errors import UserError
 
 INTERVAL = 2 * NormalDist().inv_cdf(0.975)  # length of a 95 % interval, in standard errors
+BINARY = {"binary": 0.0, "binary-probability": 0.5}  # and above what an output is a yes
 ScoreFunction = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -32,6 +33,9 @@ class Metric:
 def load_metric(spec: str = "top1") -> Metric:
     """The metric called ``top1`` or ``top5``, or the user's function ``file.py:function``.
 
+    ``binary`` is top1 of outputs of one number an image, which is above 0 where the label is 1;
+    ``binary-probability`` of those that are above one half.
+
     The user's function gets numpy arrays (logits, labels) and returns a score in [0, 1] per image; if it returns a
     single number, it is called image by image.
 
@@ -42,6 +46,8 @@ def load_metric(spec: str = "top1") -> Metric:
     """
     if spec in ("top1", "top5"):
         return Metric(spec, _top(int(spec[3:])))
+    if spec in BINARY:
+        return Metric(spec, _above(BINARY[spec]))
     if not is_reference(spec):
         raise UserError(f"unknown metric {spec!r}; use top1, top5 or file.py:function")
     function = load_object(spec)
@@ -117,6 +123,16 @@ def _top(k: int) -> ScoreFunction:
         # comparisons with NaN are false: an image with a NaN in its outputs would otherwise count as right
         right = (before.sum(axis=1) < k) & ~np.isnan(logits).any(axis=1)
         return right.astype("float64")
+
+    return scores
+
+
+def _above(even: float) -> ScoreFunction:
+    def scores(outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        if outputs.size != len(outputs):
+            raise UserError(f"this metric needs one number an image, not outputs {outputs.shape}; use another --metric")
+        values = outputs.reshape(len(outputs))
+        return (((values > even) == (labels == 1)) & ~np.isnan(values)).astype("float64")
 
     return scores
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from support.samples import columns, moments_of
 from tvm_lowrank import example
+from tvm_lowrank.bridge.answers import Answers
 from tvm_lowrank.bridge.calibrate import TEMPERATURE, collect_fisher, collect_moments, predict
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.data.synthetic import dead_leaves, shrunk
@@ -121,7 +122,7 @@ def test_on_the_example_with_real_and_with_synthetic_images(method: str) -> None
 
     def damage(**norm: object) -> float:
         chain = decompose(site.weight, site.spec, method=method, rank=32, **norm)  # type: ignore[arg-type]
-        return divergence(dense, predict(TorchBridge(replace_sites(mod, {site.id: chain})), judged))
+        return divergence(Answers(), dense, predict(TorchBridge(replace_sites(mod, {site.id: chain})), judged))
 
     def norms(images: np.ndarray) -> tuple[Moments, np.ndarray]:
         return (

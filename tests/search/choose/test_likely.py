@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tvm_lowrank.bridge.answers import Answers
 from tvm_lowrank.data.metric import Metric, load_metric, paired_drop
 from tvm_lowrank.searching.choose.likely import Likely, calibrated
 
@@ -32,7 +33,7 @@ def test_it_is_nearer_to_the_truth_than_what_is_counted(metric: Metric, sure: fl
     likely, errors, lost = [], [], []
     for seed in range(1, 41):
         dense, changed, labels = sample(600, seed, sure=sure)
-        known = Likely.of(metric, dense, labels)
+        known = Likely.of(metric, dense, labels, Answers())
         assert known is not None
         drop, error = known.drop(changed)
         likely.append(drop)
@@ -53,7 +54,7 @@ def test_probabilities_are_calibrated() -> None:
 def test_a_network_that_is_always_right_loses_what_it_changes() -> None:
     """Labels are what it says of images without any: its probabilities become certain."""
     dense, changed, _ = sample(600, 0)
-    known = Likely.of(load_metric(), dense, dense.argmax(axis=1))
+    known = Likely.of(load_metric(), dense, dense.argmax(axis=1), Answers())
     assert known is not None
     flips = 100 * np.mean(dense.argmax(axis=1) != changed.argmax(axis=1))
     assert known.drop(changed)[0] == pytest.approx(flips, abs=0.5)
@@ -64,14 +65,14 @@ def test_a_network_that_is_always_right_loses_what_it_changes() -> None:
 def test_where_it_knows_nothing() -> None:
     dense, _, labels = sample(600, 0)
     metric = load_metric()
-    assert Likely.of(metric, dense.reshape(600, 2, 5), labels) is None
-    assert Likely.of(metric, dense, labels + 1) is None
-    assert Likely.of(metric, dense[:0], labels[:0]) is None
+    assert Likely.of(metric, dense.reshape(600, 2, 5), labels, Answers()) is None
+    assert Likely.of(metric, dense, labels + 1, Answers()) is None
+    assert Likely.of(metric, dense[:0], labels[:0], Answers()) is None
     surely_wrong = Metric("mine", lambda outputs, own: (outputs.argmax(axis=1) != own).astype(float))
-    assert Likely.of(surely_wrong, dense, (dense.argmax(axis=1) + 1) % CLASSES) is None
+    assert Likely.of(surely_wrong, dense, (dense.argmax(axis=1) + 1) % CLASSES, Answers()) is None
 
 
 def test_it_is_the_same_again() -> None:
     dense, changed, labels = sample(200, 0)
-    first, second = (Likely.of(load_metric(), dense, labels, seed=3) for _ in range(2))
+    first, second = (Likely.of(load_metric(), dense, labels, Answers(), seed=3) for _ in range(2))
     assert first is not None and second is not None and first.drop(changed) == second.drop(changed)

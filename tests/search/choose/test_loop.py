@@ -16,6 +16,7 @@ import torch
 from tvm.ir import IRModule
 
 from support.models import ResNet20, randomised
+from tvm_lowrank.bridge.answers import Answers
 from tvm_lowrank.bridge.calibrate import predict
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.data.metric import load_metric
@@ -143,7 +144,9 @@ class Evaluating(Search):
     def __init__(self, journal: Journal, training: str | None) -> None:
         networks: Any = lambda plan, fit: (plan, fit)  # noqa: E731
         networks.training = None if training is None else SimpleNamespace(name=training)
+        networks.recovery = "reconstructed"
         self.networks, self.journal, self.metric = networks, journal, load_metric()
+        self.answers = Answers()
         self.mod: Any = (Plan(), "")
         splits: Any = SimpleNamespace(selection=(None, np.arange(IMAGES) % 10))
         self.splits = splits

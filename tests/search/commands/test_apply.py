@@ -10,6 +10,7 @@ import pytest
 
 import tvm_lowrank
 from tvm_lowrank import example
+from tvm_lowrank.bridge.answers import Answers
 from tvm_lowrank.bridge.calibrate import predict
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.errors import UserError
@@ -66,7 +67,7 @@ def test_without_data_synthetic_images_give_the_norm(folder: Path) -> None:
     }
     plain = predict(TorchBridge(replace_sites(mod, weights_only)), images)
     assert agree > np.mean(plain.argmax(1) == expected.argmax(1))
-    assert divergence(expected, got) < 0.7 * divergence(expected, plain)
+    assert divergence(Answers(), expected, got) < 0.7 * divergence(Answers(), expected, plain)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tvm.ir import IRModule
 
+from tvm_lowrank.bridge.answers import Answers
 from tvm_lowrank.bridge.calibrate import predict
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.errors import TimeUp, UserError
@@ -70,7 +71,7 @@ class Judge:
     def __call__(self, bridge: TorchBridge) -> Judged:
         self.seen.append(parameters(bridge))
         logits = predict(bridge, X)
-        damage = self.damages[len(self.seen) - 1] if self.damages else divergence(LOGITS, logits)
+        damage = self.damages[len(self.seen) - 1] if self.damages else divergence(Answers(), LOGITS, logits)
         return Judged(damage, 100 * float(np.mean(logits.argmax(1) == Y)))
 
 

@@ -9,6 +9,7 @@ from tvm.ir import IRModule
 
 from support.models import ResNet20, randomised
 from tvm_lowrank import example
+from tvm_lowrank.bridge.answers import Answers
 from tvm_lowrank.bridge.calibrate import predict
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.errors import TimeUp
@@ -38,7 +39,7 @@ def networks() -> tuple[IRModule, IRModule, np.ndarray, np.ndarray]:
 
 
 def damage(dense: IRModule, network: IRModule, images: np.ndarray) -> float:
-    return divergence(predict(TorchBridge(dense), images), predict(TorchBridge(network), images))
+    return divergence(Answers(), predict(TorchBridge(dense), images), predict(TorchBridge(network), images))
 
 
 @pytest.mark.slow
