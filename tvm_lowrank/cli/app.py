@@ -66,7 +66,10 @@ def search(asked: SearchOptions) -> None:
 
     found = run.search(asked)
     if int(os.environ.get("RANK", "0")):
-        return  # of the workers that torchrun started, the first one tells
+        # of the workers that torchrun started, the first one tells; threads of gloo that are not at their end yet would
+        # abort another one while its interpreter ends
+        sys.stderr.flush()
+        os._exit(0)
     if asked.frontier:
         print_frontier(found)
         print(f"bundles: {asked.out}/1 to {asked.out}/{len(found['bundles'])}")

@@ -359,13 +359,8 @@ def _nest(sch: Schedule, block: Any, tiling: Tiling, unit: units.Unit, reduction
     if tiling.vector != unit.lanes or channels % unit.lanes:
         raise ValueError(f"{unit.name} has {unit.lanes} lanes, not {tiling.vector}")
     step = largest_divisor(steps, unit.steps)
-    annotations, ones = sch.get(block).annotations, [1] * len(positions)
-    strides, dilations = (
-        tuple(
-            [*ones, *map(int, str(annotations.get(name, "")).split(",") if name in annotations else ())][-len(ones) :]
-        )
-        for name in (STRIDES, DILATIONS)
-    )
+    annotations, rest = sch.get(block).annotations, (1,) * (len(positions) - 2)
+    strides, dilations = ((*rest, *map(int, str(annotations[name]).split(","))) for name in (STRIDES, DILATIONS))
     return tiles.Nest(
         kernel=tuple(kernel),
         steps=(steps // step, step),

@@ -18,7 +18,7 @@ from tvm_lowrank.bundle.manifest import REQUIRED
 from tvm_lowrank.data.reference import load_object
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.quantities import milliseconds
-from tvm_lowrank.searching.commands import deliver, frontier, within
+from tvm_lowrank.searching.commands import frontier, libraries, within
 from tvm_lowrank.searching.commands.frontier import pareto, thinned
 from tvm_lowrank.searching.fit import reconstruct
 
@@ -71,7 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reconstructions of two passes, few rounds of measurements, few points of a frontier."""
     monkeypatch.setattr(reconstruct, "PASSES", 2)
-    for module, name in ((deliver, "DENSE_ROUNDS"), (within, "ROUNDS"), (frontier, "ROUNDS")):
+    for module, name in ((libraries, "DENSE_ROUNDS"), (within, "ROUNDS"), (frontier, "ROUNDS")):
         monkeypatch.setattr(module, name, 4)
     monkeypatch.setattr(frontier, "STEP", 5.0)
 
