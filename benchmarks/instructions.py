@@ -29,11 +29,10 @@ from tvm_lowrank.bundle.manifest import write_manifest  # noqa: E402
 from tvm_lowrank.bundle.package import package  # noqa: E402
 from tvm_lowrank.codegen.link import export_library  # noqa: E402
 from tvm_lowrank.codegen.lower import build, kernels, lower  # noqa: E402
-from tvm_lowrank.codegen.schedule import workload  # noqa: E402
 from tvm_lowrank.graph import find_sites  # noqa: E402
 from tvm_lowrank.importers.importer import import_model  # noqa: E402
 from tvm_lowrank.precision import with_formats  # noqa: E402
-from tvm_lowrank.searching.latency.tiles import first_candidates  # noqa: E402
+from tvm_lowrank.searching.latency.tiles import first_schedules  # noqa: E402
 from tvm_lowrank.targets.profile import Profile, load_profile  # noqa: E402
 from tvm_lowrank.targets.toolchain import cache_folder, cross_compiler  # noqa: E402
 
@@ -49,12 +48,7 @@ def bundle(network: torch.nn.Module, size: int, profile: Profile, format: str, f
     mod = import_model(network, input_shape=(1, 3, size, size))
     mod = with_formats(mod, {site.id: format for site in find_sites(mod)})
     lowered = lower(mod, batch=1, target=profile.tvm_target())
-    database = {
-        kernel.key: first_candidates(workload(kernel.func), lanes=profile.lanes, registers=profile.registers, limit=1)[
-            0
-        ]
-        for kernel in kernels(lowered)
-    }
+    database = first_schedules(kernels(lowered), lanes=profile.lanes, registers=profile.registers)
     compiler, options = profile.linker()
     folder.mkdir()
     export_library(build(lowered, database, profile.tvm_target()), folder / "model.so", cc=compiler, options=options)

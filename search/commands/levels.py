@@ -14,11 +14,10 @@ from tvm_lowrank import console
 from tvm_lowrank.codegen.link import export_library
 from tvm_lowrank.codegen.lower import build, kernels, lower
 from tvm_lowrank.codegen.processor import missing
-from tvm_lowrank.codegen.schedule import workload
 from tvm_lowrank.files import copy
 from tvm_lowrank.searching.commands.libraries import Delivery, build_library, end_to_end
 from tvm_lowrank.searching.latency.oracle import LatencyOracle
-from tvm_lowrank.searching.latency.tiles import first_candidates
+from tvm_lowrank.searching.latency.tiles import first_schedules
 from tvm_lowrank.searching.measure.device import open_device
 from tvm_lowrank.targets.profile import Profile
 from tvm_lowrank.targets.toolchain import cache_folder
@@ -92,9 +91,6 @@ def _untried(profile: Profile, level: Path, dense: IRModule, network: IRModule, 
     target = profile.tvm_target(threads)
     for mod, name in ((dense, "dense.so"), (network, "model.so")):
         lowered = lower(mod, batch=delivery.input_shape[0], target=target)
-        database = {}
-        for kernel in kernels(lowered):
-            found = first_candidates(workload(kernel.func), lanes=profile.lanes, registers=profile.registers, limit=1)
-            database[kernel.key] = found[0]
+        database = first_schedules(kernels(lowered), lanes=profile.lanes, registers=profile.registers)
         executable = build(lowered, database, target, threads=threads)
         export_library(executable, level / name, cc=compiler, options=options)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from math import prod
 
-from tvm_lowrank.codegen.schedule import Tiling, Workload, default_tiling, largest_divisor
+from tvm_lowrank.codegen.lower import Kernel
+from tvm_lowrank.codegen.schedule import Tiling, Workload, default_tiling, largest_divisor, workload
 from tvm_lowrank.codegen.tiles import ACCUMULATORS
 from tvm_lowrank.codegen.units import UNITS, Unit, lanes_of
 
@@ -77,6 +78,12 @@ def first_candidates(space: Workload | None, *, lanes: int, registers: int, limi
             ways = [*_stripes(space, tiling), 0]
             tiles[i] = replace(tiling, stripe=ways[i % len(ways)])
     return [*tiles] or [default_tiling(space, lanes)]
+
+
+def first_schedules(kernels: Iterable[Kernel], *, lanes: int, registers: int) -> dict[str, Tiling | None]:
+    """What to build kernels with, by their keys, where nothing can be measured: the first of their candidates."""
+    spaces = {kernel.key: workload(kernel.func) for kernel in kernels}
+    return {key: first_candidates(space, lanes=lanes, registers=registers, limit=1)[0] for key, space in spaces.items()}
 
 
 def _stripes(space: Workload, tiling: Tiling) -> list[int]:

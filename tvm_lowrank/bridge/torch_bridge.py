@@ -7,6 +7,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from tvm import relax, tirx
 from tvm.ir import Call, GenericConst, IRModule, Tuple, TupleGetItem
 
-from tvm_lowrank.bridge.answers import answers_of
+from tvm_lowrank.bridge.answers import Answers, answers_of
 from tvm_lowrank.bridge.torch_nn import OPERATORS
 from tvm_lowrank.bridge.torch_ops import Compute
 from tvm_lowrank.errors import UserError
@@ -149,7 +150,11 @@ class TorchBridge(nn.Module):
         self._steps = _with_frees(steps, self._reads(function))
         self._creates = any(isinstance(b.value, Call) and str(_op(b.value)) in _CREATION for b in bindings(function))
         self._sites = self._site_names(function)
-        self.answers = answers_of(function)
+
+    @cached_property
+    def answers(self) -> Answers:
+        """What the outputs mean."""
+        return answers_of(self.function)
 
     @property
     def function(self) -> relax.Function:

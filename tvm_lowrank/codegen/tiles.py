@@ -21,7 +21,7 @@ from tvm import tirx
 from tvm.s_tir import Schedule
 
 from tvm_lowrank.codegen.blocks import call, put
-from tvm_lowrank.codegen.units import Unit
+from tvm_lowrank.codegen.units import Unit, inlined
 
 ACCUMULATORS = 4
 LEFT, RIGHT = (4, 5), (6, 7)  # registers of the operands
@@ -64,7 +64,6 @@ class Nest:
 
 def functions(unit: Unit, target: tvm.target.Target, *, rows: int, steps: int) -> str:
     """What a kernel calls, in LLVM IR; it is inlined only where its processor and features are those of its caller."""
-    cpu, features = str(target.attrs.get("mcpu", "")), ",".join(map(str, target.attrs.get("mattr", ())))
     name, width = unit.function, 4 * steps
     # the first register's bytes are at 16, its rows at 48; the right operand has a row for each step
     shape = bytearray(64)
@@ -99,7 +98,7 @@ def functions(unit: Unit, target: tvm.target.Target, *, rows: int, steps: int) -
         "declare void @llvm.x86.tilestored64(i8 immarg, ptr, i64)",
         "declare void @llvm.x86.tilezero(i8 immarg)",
         f"declare void @{unit.instruction}(i8 immarg, i8 immarg, i8 immarg)",
-        f'attributes #0 = {{ alwaysinline nounwind "target-cpu"="{cpu}" "target-features"="{features}" }}',
+        inlined(target, 0),
     ]
     return "\n".join(lines) + "\n"
 

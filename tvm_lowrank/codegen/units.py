@@ -18,6 +18,12 @@ from tvm.script import tirx as T
 from tvm_lowrank.formats import FLOAT32, FORMATS, Format
 
 
+def inlined(target: tvm.target.Target, group: int) -> str:
+    """A group of attributes in LLVM IR: functions that have it are inlined, for their processor is their caller's."""
+    cpu, features = str(target.attrs.get("mcpu", "")), ",".join(map(str, target.attrs.get("mattr", ())))
+    return f'attributes #{group} = {{ alwaysinline nounwind "target-cpu"="{cpu}" "target-features"="{features}" }}'
+
+
 @dataclass(frozen=True)
 class Unit:
     """An instruction for dot products of a format.
@@ -56,7 +62,6 @@ class Unit:
     def code(self, target: tvm.target.Target) -> str:
         """The function in LLVM IR. It is inlined only where its processor and features are those of its caller."""
         count = self.lanes * self.depth
-        cpu, features = str(target.attrs.get("mcpu", "")), ",".join(map(str, target.attrs.get("mattr", ())))
         accumulators, words, operands = (
             f"<{self.lanes} x float>",
             f"<{self.lanes} x i32>",
@@ -71,7 +76,7 @@ define {accumulators} @{self.function}({accumulators} %sum, {words} %left, {word
   ret {accumulators} %result
 }}
 declare {accumulators} @{self.instruction}({types})
-attributes #0 = {{ alwaysinline nounwind "target-cpu"="{cpu}" "target-features"="{features}" }}
+{inlined(target, 0)}
 """
 
 
@@ -133,7 +138,6 @@ class Rounding:
 
     def code(self, target: tvm.target.Target) -> str:
         """The function in LLVM IR; see `Unit.code`."""
-        cpu, features = str(target.attrs.get("mcpu", "")), ",".join(map(str, target.attrs.get("mattr", ())))
         numbers, result = f"<{self.lanes} x float>", f"<{self.lanes} x {self.element}>"
         return f"""
 define void @{self.function}(ptr %to, ptr %from) #1 {{
@@ -143,7 +147,7 @@ define void @{self.function}(ptr %to, ptr %from) #1 {{
   ret void
 }}
 declare {result} @{self.instruction}({numbers})
-attributes #1 = {{ alwaysinline nounwind "target-cpu"="{cpu}" "target-features"="{features}" }}
+{inlined(target, 1)}
 """
 
 
