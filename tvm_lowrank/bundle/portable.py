@@ -1,7 +1,7 @@
 """The compressed network for other tools: ``model.pt2`` (torch.export) and ``model.onnx``, with any batch size.
 
-Both are what `TorchBridge` computes, which the compiled library was found to agree with: the weights are those after
-recovery, the input is ``x`` (float32 NCHW), the output ``output``.
+Both are what `TorchBridge` computes, which the compiled library was found to agree with, but all in float32: the
+weights are those after recovery, the input is ``x`` (float32 NCHW), the output ``output``.
 """
 
 from __future__ import annotations
@@ -18,19 +18,22 @@ from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.bundle.manifest import PORTABLE
 from tvm_lowrank.data.reference import summary
 from tvm_lowrank.files import replaced
+from tvm_lowrank.formats import FLOAT32
+from tvm_lowrank.precision import formats_of, with_formats
 
 PT2, ONNX = PORTABLE
 
 
 def write_portable(mod: IRModule, folder: Path) -> None:
-    """Write a canonical module to both files; a warning instead of a file that its format has no form for.
+    """Write a canonical module to both files, without its number formats; a warning instead of a file that its format has no form for.
 
     Raises
     ------
     UserError
         If a file cannot be written.
     """
-    bridge = TorchBridge(mod).eval().requires_grad_(False)
+    exact = with_formats(mod, dict.fromkeys(formats_of(mod["main"]), FLOAT32))
+    bridge = TorchBridge(exact).eval().requires_grad_(False)
     channels, height, width = (int(d) for d in list(mod["main"].params[0].ty.shape)[1:])
     exporter = logging.getLogger("torch.onnx")
     level, unwritten = exporter.level, list(PORTABLE)

@@ -28,6 +28,15 @@ def call(function: str, *arguments: Any) -> tirx.Stmt:
     return tirx.Evaluate(tirx.call_extern("void", function, *arguments))
 
 
+def unravelled(number: Any, buffer: Any) -> tuple[Any, ...]:
+    """The indices of the element of this number in a buffer without gaps."""
+    indices: list[Any] = []
+    for extent in reversed(buffer.ty.shape[1:]):
+        indices.insert(0, tirx.floormod(number, extent))
+        number = tirx.floordiv(number, extent)
+    return (number, *indices)
+
+
 def _buffer(part: TensorRegion) -> Any:
     """A buffer that stands for a part of another one, wherever that will lie."""
     shape = [int(extent.extent) for extent in part.region]

@@ -20,7 +20,7 @@ from tvm.ir import IRModule
 from tvm.s_tir import Schedule, ScheduleError
 from tvm.s_tir.meta_schedule.postproc import RewriteLayout
 
-from tvm_lowrank.codegen import tiles, units
+from tvm_lowrank.codegen import ahead, tiles, units
 from tvm_lowrank.codegen.blocks import call, put
 from tvm_lowrank.codegen.rounding import ROUNDED, format_kept
 from tvm_lowrank.formats import FLOAT32
@@ -192,12 +192,14 @@ def apply(func: IRModule, tiling: Tiling | None, *, target: tvm.target.Target, t
     lanes = target_lanes(target)
     if tiling is None:
         _elementwise(sch, lanes=lanes, threads=threads)
-        tile = None
+        tile, walk = None, None
     else:
         rounding = _rounding(sch, tiling, target)
-        tile = _tiled(sch, tiling, rounding, lanes=lanes, threads=threads)
+        tile, walk = _tiled(sch, tiling, rounding, lanes=lanes, threads=threads)
     # packs the constant operands in the order in which the tile reads them
     RewriteLayout().apply(sch)
+    if walk is not None:
+        ahead.fetch(sch, walk)
     functions = [] if tiling is None or rounding is None else [rounding.code(target)]
     if tiling is not None and tile is not None:
         multiply = _products if isinstance(tile, _Tiles) else _dot
@@ -239,10 +241,13 @@ def _rounding(sch: Schedule, tiling: Tiling, target: tvm.target.Target) -> units
     return units.rounding_of(target, format_kept(str(last.writes[0].source.ty.dtype)), tiling.vector)
 
 
-def _tiled(sch: Schedule, tiling: Tiling, rounding: units.Rounding | None, *, lanes: int, threads: int) -> Any:
+def _tiled(
+    sch: Schedule, tiling: Tiling, rounding: units.Rounding | None, *, lanes: int, threads: int
+) -> tuple[Any, ahead.Walk | None]:
     """Tile a kernel; the loop over the lanes that an instruction for dot products takes the place of, or None.
 
-    Of an instruction that multiplies tiles it is their `_Tiles`.
+    Of an instruction that multiplies tiles it is their `_Tiles`. Besides, how the kernel runs over its tiles, if it
+    reads the weights of a tile of channels again and again.
     """
     unit = units.UNITS.get(tiling.unit)
     blocks = _blocks(sch)
@@ -261,6 +266,7 @@ def _tiled(sch: Schedule, tiling: Tiling, rounding: units.Rounding | None, *, la
     for block in after[:-1]:
         sch.compute_inline(block)
     epilogue = after[-1] if after else None if rounded else sch.cache_write(anchor, 0, "global")
+    operands = sch.get(anchor if partial is None else partial).reads
 
     loops = sch.get_loops(anchor)
     work = prod(int(sch.get(loop).extent) for loop in loops)
@@ -293,8 +299,9 @@ def _tiled(sch: Schedule, tiling: Tiling, rounding: units.Rounding | None, *, la
         leading, head = [head[0], stripes], [rows, *head[2:]]
     order = [*leading, channel, *head] if tiling.channels_first else [*leading, *head, channel]
     sch.reorder(*order, *reduction, *inner)
+    summed = reduction
     if partial is not None:
-        _tile_partial(sch, partial, reduction[-1], tiling, len(inner))
+        summed = [*reduction, *_tile_partial(sch, partial, reduction[-1], tiling, len(inner))]
     if leading and tiling.channels_first and channelwise:
         leading.append(channel)
     if leading:
@@ -313,18 +320,26 @@ def _tiled(sch: Schedule, tiling: Tiling, rounding: units.Rounding | None, *, la
         sch.vectorize(lane)
     parallel = (leading or order) if threads > 1 and work >= PARALLEL_MACS else []
     if nest is not None:
-        return _Tiles(reduction[0], nest, sch.get_loops(anchor)[0], parallel, threads)
+        return _Tiles(reduction[0], nest, sch.get_loops(anchor)[0], parallel, threads), None
+    walked, positions = [channel, *head], prod(int(sch.get(loop).extent) for loop in head)
     if parallel:
-        sch.parallel(sch.fuse(*parallel) if len(parallel) > 1 else parallel[0])
+        fused = sch.fuse(*parallel) if len(parallel) > 1 else parallel[0]
+        walked = walked if leading else [fused]
+        sch.parallel(fused)
+    again = tiling.channels_first and not channelwise and len(operands) > 1
+    walk = ahead.Walk(walked, positions, summed, operands[1].source) if again else None
     start = sch.decompose_reduction(anchor, sch.get_loops(anchor)[-len(reduction) - len(inner)])
     if not tiling.unit:
-        return None
+        return None, walk
     sch.vectorize(sch.get_loops(start)[-1])
-    return lane
+    return lane, walk
 
 
-def _tile_partial(sch: Schedule, block: Any, loop: Any, tiling: Tiling, count: int) -> None:
-    """Compute the partial sums of a tile within a loop over them; the tile has as many loops as ``count``."""
+def _tile_partial(sch: Schedule, block: Any, loop: Any, tiling: Tiling, count: int) -> tuple[Any, Any]:
+    """Compute the partial sums of a tile within a loop over them; the tile has as many loops as ``count``.
+
+    Returns the loops over what they add up.
+    """
     sch.compute_at(block, loop, preserve_unit_loops=True)
     loops = sch.get_loops(block)
     *spatial, channel, _, _ = loops[-count - 3 : -2]  # then the two of the loops around it, of one step each
@@ -333,6 +348,7 @@ def _tile_partial(sch: Schedule, block: Any, loop: Any, tiling: Tiling, count: i
     sch.reorder(columns, inside, *spatial, vectors, lane)
     sch.vectorize(lane)
     sch.decompose_reduction(block, columns)
+    return columns, inside
 
 
 def _rounding_call(rounding: units.Rounding) -> Callable[..., Any]:

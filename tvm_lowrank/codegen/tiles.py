@@ -20,7 +20,7 @@ import tvm
 from tvm import tirx
 from tvm.s_tir import Schedule
 
-from tvm_lowrank.codegen.blocks import call, put
+from tvm_lowrank.codegen.blocks import call, put, unravelled
 from tvm_lowrank.codegen.units import Unit, inlined
 
 ACCUMULATORS = 4
@@ -141,7 +141,7 @@ def _products(nest: Nest, unit: Unit, left: Any, right: Any, sums: Any) -> tirx.
         return do(f"load_{LEFT[tile % 2]}", start, bytes_of(nest.strides[-1] * left.ty.strides[-2], left))
 
     def load_weights(vector: int) -> tirx.Stmt:
-        start = tirx.address_of(right[_unravelled((number * nest.vectors + vector) * packed, right)])
+        start = tirx.address_of(right[unravelled((number * nest.vectors + vector) * packed, right)])
         return do(f"load_{RIGHT[vector % 2]}", start, tirx.const(ROW, "int64"))
 
     def store(tile: int, vector: int) -> tirx.Stmt:
@@ -160,15 +160,6 @@ def _products(nest: Nest, unit: Unit, left: Any, right: Any, sums: Any) -> tirx.
         body = tirx.For(loop, 0, extent, tirx.ForKind.SERIAL, body)
     zeros = [do(f"zero_{number}") for number in range(len(pairs))]
     return tirx.SeqStmt([*zeros, body, *(store(*pair) for pair in pairs)])
-
-
-def _unravelled(number: Any, buffer: Any) -> tuple[Any, ...]:
-    """The indices of the element of this number in a buffer without gaps."""
-    indices: list[Any] = []
-    for extent in reversed(buffer.ty.shape[1:]):
-        indices.insert(0, tirx.floormod(number, extent))
-        number = tirx.floordiv(number, extent)
-    return (number, *indices)
 
 
 def begin(sch: Schedule, loop: Any, nest: Nest, unit: Unit) -> None:
