@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from scipy.interpolate import PchipInterpolator
 
-from tvm_lowrank.bridge.answers import Answers
+from tvm_lowrank.bridge.answers import Meaning
 from tvm_lowrank.plan import Choice
 
 # predicted damages at which a site is probed, as shares of what it may take in a likely plan
@@ -29,7 +29,7 @@ SOLVED = 3  # ranks of a site that are solved where each takes a solve; the erro
 MANY = 6  # from which on the largest rank, whose solve takes longest, is not among them
 
 
-def divergence(answers: Answers, dense: np.ndarray, changed: np.ndarray) -> float:
+def divergence(answers: Meaning, dense: np.ndarray, changed: np.ndarray) -> float:
     """Mean Kullback-Leibler divergence in nats an image of outputs (n, …), by what they mean.
 
     Where the changed ones are no numbers, nothing is known of the image: all answers are as likely.

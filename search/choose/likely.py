@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from scipy.optimize import minimize_scalar
 
-from tvm_lowrank.bridge.answers import SCORES, Answers
+from tvm_lowrank.bridge.answers import SCORES, Answers, Meaning
 from tvm_lowrank.data.metric import Metric
 
 DRAWS = 32  # labels of each image
@@ -36,7 +36,7 @@ class Likely:
 
     @classmethod
     def of(
-        cls, metric: Metric, dense: np.ndarray, labels: np.ndarray, answers: Answers, *, seed: int = 0
+        cls, metric: Metric, dense: np.ndarray, labels: np.ndarray, answers: Meaning, *, seed: int = 0
     ) -> Likely | None:
         """By its outputs (n, classes), which mean ``answers``, and the labels (n,) of the same images.
 
@@ -44,6 +44,7 @@ class Likely:
         """
         if (
             dense.ndim != 2
+            or not isinstance(answers, Answers)
             or answers.kind != SCORES
             or not len(labels)
             or not 0 <= labels.min() <= labels.max() < dense.shape[1]

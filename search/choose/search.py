@@ -21,8 +21,9 @@ import numpy as np
 from tvm.ir import IRModule
 
 from tvm_lowrank import console
-from tvm_lowrank.bridge.answers import Answers, answers_of
+from tvm_lowrank.bridge.answers import Meaning
 from tvm_lowrank.bridge.calibrate import predict
+from tvm_lowrank.bridge.meaning import answers_of
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.data.metric import INTERVAL, Metric, accuracy, paired_drop
 from tvm_lowrank.data.splits import Splits
@@ -171,7 +172,7 @@ class Search:
         self._recovery = Recovery(LEFT[self.networks.recovery])
 
     @cached_property
-    def answers(self) -> Answers:
+    def answers(self) -> Meaning:
         """What the network's outputs mean."""
         return answers_of(self.mod["main"])
 

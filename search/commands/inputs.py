@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,9 +11,10 @@ import torch
 from tvm.ir import IRModule
 
 from tvm_lowrank import console, example
-from tvm_lowrank.bridge.answers import MULTILABEL, SCORES, Answers, answers_of, guessed, measured, with_answers
-from tvm_lowrank.bridge.answers import asked as said_of
+from tvm_lowrank.bridge.answers import MULTILABEL, SCORES, Answers
 from tvm_lowrank.bridge.calibrate import predict
+from tvm_lowrank.bridge.meaning import answers_of, guessed, with_answers
+from tvm_lowrank.bridge.meaning import asked as said_of
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.bundle.manifest import prepare_out
 from tvm_lowrank.codegen.link import find_compiler
@@ -28,6 +28,7 @@ from tvm_lowrank.graph import Site, find_sites
 from tvm_lowrank.importers.importer import import_model
 from tvm_lowrank.methods import METHODS
 from tvm_lowrank.options import BundleOptions, MethodOptions, ModelOptions, NetworkOptions, SearchOptions
+from tvm_lowrank.outputs import Outputs
 from tvm_lowrank.searching.choose.networks import Training
 from tvm_lowrank.searching.fit.torchrun import Workers
 from tvm_lowrank.searching.journal import JOURNAL
@@ -112,8 +113,9 @@ def load(asked: NetworkOptions, workers: Workers | None = None) -> Inputs:
         metric = load_metric(asked.metric)
         prepare_out(asked.folder, force=asked.force or resumes(asked))
     mod = load_model(asked)
-    if metric.name == "top1" and yes_or_no(mod):
-        metric = load_metric("binary-probability" if answers_of(mod["main"]).probabilities else "binary")
+    answers = answers_of(mod["main"])
+    if metric.name == "top1" and isinstance(answers, Answers) and yes_or_no(mod):
+        metric = load_metric("binary-probability" if answers.probabilities else "binary")
     if isinstance(asked, BundleOptions) and (asked.model is None or asked.data is not None):
         splits = _load_splits(asked, mod)
     if isinstance(asked, SearchOptions) and asked.finetune is not None:
@@ -151,12 +153,12 @@ def _meaning(asked: BundleOptions, mod: IRModule) -> IRModule:
         answers = said_of(asked.output, function)
     else:
         answers = guessed(function)
-        if answers != Answers() or len(function.ret_ty.shape) != 2:
-            shape = ", ".join(["n", *(str(int(extent)) for extent in list(function.ret_ty.shape)[1:])])
-            console.phase(f"outputs ({shape}) are taken for {answers}; --output says otherwise")
+        outputs = Outputs.of(function)
+        if answers != Answers() or len(outputs.shapes[0]) != 1:
+            console.phase(f"outputs {outputs} are taken for {answers}; --output says otherwise")
     # every worker of a training must count alike, so the spread is that on images that all of them have
     images = dead_leaves(image_shape(mod), SPREAD_IMAGES, seed=0)
-    found = measured(answers, lambda: torch.from_numpy(predict(TorchBridge(mod), images)))
+    found = answers.measured(torch.from_numpy(predict(TorchBridge(mod), images)))
     return mod if found == guessed(function) else with_answers(mod, found)
 
 
@@ -198,14 +200,14 @@ def _classes(mod: IRModule) -> int | None:
     """How many classes labels may count, if they count classes."""
     if yes_or_no(mod):
         return 2
-    shape = mod["main"].ret_ty.shape
-    return int(shape[-1]) if len(shape) == 2 and answers_of(mod["main"]).kind == SCORES else None
+    shape, answers = Outputs.of(mod["main"]).shapes[0], answers_of(mod["main"])
+    return shape[0] if len(shape) == 1 and isinstance(answers, Answers) and answers.kind == SCORES else None
 
 
 def yes_or_no(mod: IRModule) -> bool:
     """Whether a network answers one question with yes or no."""
-    extents = [int(extent) for extent in list(mod["main"].ret_ty.shape)[1:]]
-    return answers_of(mod["main"]).kind == MULTILABEL and math.prod(extents) == 1
+    answers = answers_of(mod["main"])
+    return isinstance(answers, Answers) and answers.kind == MULTILABEL and Outputs.of(mod["main"]).ends == [1]
 
 
 def synthetic_images(mod: IRModule, seed: int) -> np.ndarray:

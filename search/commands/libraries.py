@@ -89,8 +89,8 @@ def build_library(mod: IRModule, oracle: LatencyOracle, delivery: Delivery, name
     export_library(executable, path, cc=compiler, options=options)
     model = device.model(path, shape)
     x = np.random.default_rng(0).standard_normal((shape[0], *shape[1:])).astype("float32")
-    expected = predict(TorchBridge(mod), x)
-    error = float(np.max(np.abs(model(x) - expected)) / max(np.max(np.abs(expected)), 1e-30))
+    bridge = TorchBridge(mod)
+    error = bridge.outputs.error(bridge.outputs.joined(model(x)), predict(bridge, x))
     if not error < tolerance(mod):
         raise MeasurementError(
             f"{name} does not compute on the device what PyTorch does here (relative error {error:.1e}); "

@@ -302,10 +302,9 @@ class _Trainer:
 
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
         got = watched(self._student, images)
-        logits = got[1]
-        if logits.dim() != 2:
-            shape = "x".join(map(str, logits.shape))
-            raise UserError(f"the model's outputs have shape {shape}; fine-tuning needs class scores, images x classes")
+        outputs, logits = self._teacher.bridge.outputs, got[1]
+        if len(outputs.shapes) != 1 or logits.dim() != 2:
+            raise UserError(f"the model's outputs have shape {outputs}; fine-tuning needs class scores, (n, classes)")
         settings = self.settings
         loss = (1 - settings.distil) * F.cross_entropy(logits, labels)
         if settings.distil:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tvm.ir import IRModule
 
-from tvm_lowrank.bridge.answers import Answers
+from tvm_lowrank.bridge.answers import Meaning
 from tvm_lowrank.bridge.half import Fast
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.graph import bindings, chain_of, conv_spec, is_site
@@ -87,7 +87,7 @@ def watched(learner: Learner, images: Tensor) -> Watched:
 
 
 def imitation(
-    wanted: Watched, got: Watched, answers: Answers, *, temperature: float = 1.0, features: float = FEATURES
+    wanted: Watched, got: Watched, answers: Meaning, *, temperature: float = 1.0, features: float = FEATURES
 ) -> Tensor:
     """How far a network, as `watched`, is from what is wanted: its answers, and with a weight the inputs of its sites.
 

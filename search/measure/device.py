@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -28,7 +28,7 @@ from tvm_lowrank.targets.toolchain import cache_folder
 from tvm_lowrank.targets.tracker import tracker_address
 
 Shape = tuple[int, int, int, int]
-Model = Callable[[np.ndarray], np.ndarray]
+Model = Callable[[np.ndarray], Any]  # to an array, or a tuple of several
 EMULATED_BOARDS = 2
 EMULATED_IMAGES = 200  # an emulator is some hundred times slower than a core
 

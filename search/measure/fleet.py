@@ -12,6 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tvm
@@ -19,6 +20,7 @@ import tvm
 from tvm_lowrank import console
 from tvm_lowrank.data.images import Images
 from tvm_lowrank.errors import MeasurementError, UserError
+from tvm_lowrank.outputs import concatenated, first
 from tvm_lowrank.searching.measure.bench import START_TIMEOUT, Cancelled, Job, R, T, TrialError, Worker, WorkerPool
 from tvm_lowrank.searching.measure.remote import Board, BoardLost, Remote, RPCBench, free_boards, request
 from tvm_lowrank.searching.measure.thermal import LOOK, REFERENCE_SECONDS, reference_job, settle
@@ -156,27 +158,27 @@ class Fleet:
         with closing(self.each([models], work)) as results:
             return next(results)
 
-    def run(self, path: Path, images: Images, *, batch: int) -> np.ndarray:
+    def run(self, path: Path, images: Images, *, batch: int) -> Any:
         """Outputs of an exported library for float32 images (n, C, H, W), computed on the boards.
 
-        ``batch`` is the library's; the last batch is padded.
+        They are an array, or a tuple of several. ``batch`` is the library's; the last batch is padded.
         """
         starts = range(0, len(images), batch)
 
-        def work(bench: RPCBench, start: int) -> tuple[int, np.ndarray]:
+        def work(bench: RPCBench, start: int) -> tuple[int, int, Any]:
             part = images[start : start + batch]
             padded = np.concatenate([part, np.zeros((batch - len(part), *part.shape[1:]), part.dtype)])
-            return start, bench.run(path.resolve(), padded)[: len(part)]
+            return start, len(part), first(bench.run(path.resolve(), padded), len(part))
 
-        outputs: dict[int, np.ndarray] = {}
+        outputs: dict[int, Any] = {}
         with (
             console.progress("running on the device", len(images)) as advance,
             closing(self.each(starts, work)) as done,
         ):
-            for start, output in done:
+            for start, count, output in done:
                 outputs[start] = output
-                advance(len(output))
-        return np.concatenate([outputs[start] for start in starts])
+                advance(count)
+        return concatenated([outputs[start] for start in starts])
 
     def _take(self) -> RPCBench | None:
         """A session, not yet opened, with a free board that is not resting, if there is one."""

@@ -22,9 +22,11 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from tvm_lowrank.outputs import as_arrays
 from tvm_lowrank.searching.measure.worker import Argument, Timer, one_line, sample, serve
 
 FAST_CORES = 1  # affinity mode of TVM's thread pool; where all cores are alike, any
+MAIN = "main"  # the function of a kernel, and of a model
 DEVICE_INFO = "tvm_lowrank.device_info"
 USE_CORES = "tvm_lowrank.use_cores"
 
@@ -72,23 +74,26 @@ class Link:
         with self._connected():
             library = self._send(path)
             arguments = [self._random(shape, dtype) for shape, dtype in parameters]
-            library["main"](*arguments)
-            self.timers[handle] = self._timer(library, arguments)
+            library[MAIN](*arguments)
+            self.timers[handle] = self._timer(library, MAIN, arguments)
 
     def load(self, handle: int, path: str, x: np.ndarray) -> None:
         """Send a compiled model and run it once on x."""
         with self._connected():
             machine = relax.VirtualMachine(self._send(path), self.remote.cpu())
-            argument = tvm.runtime.tensor(x, self.remote.cpu())
-            machine["main"](argument)
+            # RPC cannot return a tuple: the machine keeps what goes in and what comes out
+            machine.set_input(MAIN, tvm.runtime.tensor(x, self.remote.cpu()))
+            machine.invoke_stateful(MAIN)
             self.models[handle] = machine
-            self.timers[handle] = self._timer(machine, [argument])
+            self.timers[handle] = self._timer(machine, "invoke_stateful", [MAIN])
 
-    def run(self, handle: int, x: np.ndarray) -> np.ndarray:
-        """A loaded model's output."""
+    def run(self, handle: int, x: np.ndarray) -> Any:
+        """A loaded model's output, or a tuple of several."""
         with self._connected():
-            output: np.ndarray = self.models[handle]["main"](tvm.runtime.tensor(x, self.remote.cpu())).numpy()
-            return output
+            machine = self.models[handle]
+            machine.set_input(MAIN, tvm.runtime.tensor(x, self.remote.cpu()))
+            machine.invoke_stateful(MAIN)
+            return as_arrays(machine.get_outputs(MAIN))
 
     def time(self, handle: int, seconds: float, limit: float = math.inf) -> list[float]:
         """Seconds of one run, by the board's clock, as `sample` says."""
@@ -118,9 +123,9 @@ class Link:
         fill(tensor)
         return tensor
 
-    def _timer(self, library: Any, arguments: list[Any]) -> Timer:
+    def _timer(self, library: Any, function: str, arguments: list[Any]) -> Timer:
         def timer(number: int, repeat: int) -> Sequence[float]:
-            run = library.time_evaluator("main", self.remote.cpu(), number=number, repeat=repeat)
+            run = library.time_evaluator(function, self.remote.cpu(), number=number, repeat=repeat)
             return [float(seconds) for seconds in run(*arguments).results]
 
         return timer

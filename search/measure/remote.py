@@ -204,10 +204,9 @@ class RPCBench:
         samples: list[float] = self._request("time", handle, seconds, timeout=seconds + MODEL_TIMEOUT)
         return samples
 
-    def run(self, path: Path, x: np.ndarray) -> np.ndarray:
-        """A compiled model's output for x."""
-        output: np.ndarray = self._request("run", self.load(path, x), x, timeout=MODEL_TIMEOUT)
-        return output
+    def run(self, path: Path, x: np.ndarray) -> Any:
+        """A compiled model's output for x, or a tuple of several."""
+        return self._request("run", self.load(path, x), x, timeout=MODEL_TIMEOUT)
 
     def _export(self, worker: Worker, handle: int) -> int:
         job = self.jobs[handle]

@@ -10,19 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from support.models import randomised
-from tvm_lowrank.bridge.answers import (
-    EMBEDDING,
-    MULTILABEL,
-    REGRESSION,
-    SCORES,
-    Answers,
-    answers_of,
-    asked,
-    guessed,
-    measured,
-    with_answers,
-)
+from tvm_lowrank.bridge.answers import EMBEDDING, MULTILABEL, REGRESSION, SCORES, Answers, Meaning, Mixture, Part
 from tvm_lowrank.bridge.calibrate import collect_fisher, predict
+from tvm_lowrank.bridge.meaning import answers_of, asked, guessed, with_answers
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.graph import find_sites
@@ -53,6 +43,10 @@ class Network(nn.Module):
             "sequence": lambda: y.mean(2).transpose(1, 2),
             "direction": lambda: flat / flat.norm(dim=1, keepdim=True),
             "normalised": lambda: nn.functional.normalize(flat, dim=1),
+            "detector": lambda: (y[:, :4], y[:, 4:].softmax(1)),
+            "joined": lambda: torch.cat([y[:, :4], y[:, 4:].sigmoid()], dim=1).flatten(2),
+            "turned": lambda: y.softmax(1).permute(0, 2, 3, 1),
+            "rolled": lambda: y.flatten(2).softmax(1).transpose(1, 2),
         }
         return ends[self.end]()
 
@@ -79,9 +73,24 @@ def imported(channels: int, end: str) -> object:
         (37, "sequence", Answers(axis=2)),
         (12, "direction", Answers(EMBEDDING)),
         (12, "normalised", Answers(EMBEDDING)),
+        (21, "turned", Answers(axis=3, probabilities=True)),
+        (21, "rolled", Answers(axis=2, probabilities=True)),
+        (
+            9,
+            "detector",
+            Mixture(((4, 8, 8), (5, 8, 8)), (Part(Answers(REGRESSION), 0), Part(Answers(probabilities=True), 1))),
+        ),
+        (
+            9,
+            "joined",
+            Mixture(
+                ((9, 64),),
+                (Part(Answers(REGRESSION), 0, 1, 0, 4), Part(Answers(MULTILABEL, probabilities=True), 0, 1, 4, 5)),
+            ),
+        ),
     ],
 )
-def test_the_end_of_a_network_tells(channels: int, end: str, expected: Answers) -> None:
+def test_the_end_of_a_network_tells(channels: int, end: str, expected: Meaning) -> None:
     mod = imported(channels, end)
     assert guessed(mod["main"]) == answers_of(mod["main"]) == TorchBridge(mod).answers == expected  # type: ignore[index]
 
@@ -102,12 +111,14 @@ def test_what_is_said_counts() -> None:
     [
         (
             "classes",
-            "unknown --output 'classes'; give one of scores, multilabel, regression, embedding, or scores:AXIS",
+            "unknown --output 'classes'; give one of scores, multilabel, regression, embedding, scores:AXIS, or KIND@",
         ),
         ("multilabel:1", "unknown --output 'multilabel:1'"),
         ("scores:x", "unknown --output 'scores:x'"),
         ("scores:3", r"outputs \(n, 1\) have no classes on axis 3; give scores:AXIS"),
         ("scores", r"outputs \(n, 1\) have no classes on axis 1"),
+        ("regression@1:0-3", r"outputs \(n, 1\) have no entries 0 to 3 on axis 1"),
+        ("regression,scores", r"--output says what 2 outputs are, but the model has 1: \(n, 1\)"),
     ],
 )
 def test_what_cannot_be_is_an_error(text: str, message: str) -> None:
@@ -161,13 +172,13 @@ def test_what_is_no_number_says_nothing(answers: Answers) -> None:
 def test_errors_count_in_the_spread_of_the_outputs() -> None:
     rng = np.random.default_rng(0)
     outputs = torch.from_numpy(rng.normal(3, 2, size=(4000, 1, 2, 2)))
-    found = measured(Answers(REGRESSION), lambda: outputs)
+    found = Answers(REGRESSION).measured(outputs)
     assert found.spread == pytest.approx(4, rel=0.1)
     # another unit changes nothing
-    scaled = measured(Answers(REGRESSION), lambda: 100 * outputs)
+    scaled = Answers(REGRESSION).measured(100 * outputs)
     a, b = outputs.numpy(), outputs.numpy() + 0.1
     assert divergence(found, a, b) == pytest.approx(divergence(scaled, 100 * a, 100 * b))
-    assert measured(Answers(), lambda: 1 / 0) == Answers()  # type: ignore[arg-type, return-value]
+    assert Answers().measured(outputs) == Answers()
 
 
 @pytest.mark.parametrize(
@@ -180,9 +191,17 @@ def test_errors_count_in_the_spread_of_the_outputs() -> None:
         (21, "image", Answers()),
         (1, "image", Answers(REGRESSION, spread=0.3)),
         (6, "normalised", Answers(EMBEDDING, spread=0.1)),
+        (
+            9,
+            "detector",
+            Mixture(
+                ((4, 8, 8), (5, 8, 8)),
+                (Part(Answers(REGRESSION, spread=0.3), 0), Part(Answers(probabilities=True), 1)),
+            ),
+        ),
     ],
 )
-def test_the_information_predicts_the_damage(channels: int, end: str, answers: Answers) -> None:
+def test_the_information_predicts_the_damage(channels: int, end: str, answers: Meaning) -> None:
     """To second order: half of the Fisher information of what is added to the first convolution's outputs."""
     net = randomised(Network(channels, end))
     mod = with_answers(import_model(net, input_shape=(1, 3, 8, 8)), answers)
@@ -199,6 +218,40 @@ def test_the_information_predicts_the_damage(channels: int, end: str, answers: A
         hidden = hidden + noise * torch.randn(hidden.shape, generator=generator)
         rest = nn.Sequential(*list(net.body)[1:])
         net.body = rest
-        after = net(hidden).numpy()
+        after = TorchBridge(mod).outputs.joined(net(hidden)).numpy()
     predicted = 0.5 * noise**2 * float(np.trace(fisher))
     assert math.isclose(divergence(answers, before, after), predicted, rel_tol=0.25)
+
+
+def test_parts_count_alike() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 5, 6, 7))
+    boxes, labels = Answers(REGRESSION, spread=2.0), Answers(MULTILABEL)
+    whole = Mixture(((6, 7),), (Part(boxes, 0, 1, 0, 4), Part(labels, 0, 1, 4, 2)))
+    expected = (divergence(boxes, a[:, :4], b[:, :4]) + divergence(labels, a[:, 4:], b[:, 4:])) / 2
+    assert divergence(whole, a, b) == pytest.approx(expected)
+
+    shapes = ((4, 7), (2, 7))
+    apart = Mixture(shapes, (Part(boxes, 0), Part(labels, 1)))
+    first, second = (np.concatenate([x[:, :4].reshape(5, -1), x[:, 4:].reshape(5, -1)], axis=1) for x in (a, b))
+    assert divergence(apart, first, second) == pytest.approx(expected)
+    second[3, 0] = np.nan  # then nothing is known of the image
+    assert np.isfinite(divergence(apart, first, second))
+
+
+def test_parts_may_be_said() -> None:
+    joined = imported(9, "joined")["main"]  # type: ignore[index]
+    known = Answers(MULTILABEL, probabilities=True)
+    said = asked("regression@1:0-3+multilabel@1:4-8", joined)
+    assert said == Mixture(((9, 64),), (Part(Answers(REGRESSION), 0, 1, 0, 4), Part(Answers(MULTILABEL), 0, 1, 4, 5)))
+    # whether a sigmoid was applied is seen from the numbers
+    outputs = torch.rand(10, 9, 64, generator=torch.Generator().manual_seed(0))
+    assert isinstance(said, Mixture) and said.measured(outputs).parts[1].answers == known
+    assert said.measured(3 * outputs).parts[1].answers == Answers(MULTILABEL)
+
+    detector = imported(9, "detector")
+    assert asked("regression,scores", detector["main"]) == guessed(detector["main"])  # type: ignore[index]
+    every = asked("regression", detector["main"])  # type: ignore[index]
+    assert isinstance(every, Mixture) and [part.answers.kind for part in every.parts] == [REGRESSION, REGRESSION]
+    again = with_answers(detector, every)  # type: ignore[arg-type]
+    assert answers_of(again["main"]) == every

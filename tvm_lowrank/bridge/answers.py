@@ -1,36 +1,60 @@
 """What a network's outputs mean: by this its answers are compared, imitated, and sensitive to a change.
 
-A damage is a Kullback-Leibler divergence in nats a decision, averaged over an image's decisions: a class of several for
-each position along the other axes (*scores*), a yes or no for each number (*multilabel*), a number known up to the
-outputs' own spread (*regression*), or a direction (*embedding*, a regression of the normalised vector).
+`tvm_lowrank.bridge.meaning` finds it out. A damage is a Kullback-Leibler divergence in nats a decision, averaged over
+an image's decisions: a class of several for each position along the other axes (*scores*), a yes or no for each number
+(*multilabel*), a number known up to the outputs' own spread (*regression*), or a direction (*embedding*, a regression
+of the normalised vector). What is put together of several kinds is a mixture.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tvm import relax
-from tvm.ir import IRModule
 
-from tvm_lowrank.errors import UserError
-from tvm_lowrank.graph import bindings
+from tvm_lowrank.outputs import Outputs
 
-ATTRIBUTE = "answers"
 SCORES, MULTILABEL, REGRESSION, EMBEDDING = KINDS = ("scores", "multilabel", "regression", "embedding")
-PICTURE = (1, 3, 4)  # channels of an output that is an image
 LEAST = 1e-30  # of a probability, before its logarithm is taken
 SURE = 1e-7  # how far a sigmoid stays from 0 and 1, where single precision ends
 
 
+class Meaning(Protocol):
+    """What the outputs of a network mean, joined to one tensor where there are several (`tvm_lowrank.outputs`)."""
+
+    @property
+    def unknown(self) -> Any:
+        """Outputs that say nothing: a number, or one for each of the joined numbers."""
+
+    def divergences(self, wanted: Tensor, got: Tensor, *, temperature: float = 1.0) -> Tensor:
+        """Nats of each image (n,) by which outputs differ from those that are wanted.
+
+        Scores and labels are divided by the temperature first, and the result is multiplied by its square (Hinton et
+        al. 2015).
+        """
+
+    def draw(self, outputs: Tensor, generator: torch.Generator, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """A loss whose gradients have the outputs' Fisher information as their covariance, summed over the images.
+
+        The answers are drawn from the network's own probabilities at a temperature: no labels are used. The second
+        number is by how much this is less, or more, information than at temperature 1, as two traces (2,).
+        """
+
+    def measured(self, outputs: Tensor) -> Meaning:
+        """The same with the spread of some outputs, where errors are counted in it."""
+
+    def to_json(self) -> dict[str, Any]: ...
+
+
 @dataclass(frozen=True)
 class Answers:
-    """What the outputs (n, …) mean.
+    """What an output (n, …) means.
 
     Attributes
     ----------
@@ -71,11 +95,7 @@ class Answers:
         return F.normalize(values, dim=1) if self.kind == EMBEDDING else values
 
     def divergences(self, wanted: Tensor, got: Tensor, *, temperature: float = 1.0) -> Tensor:
-        """Nats of each image (n,) by which outputs differ from those that are wanted.
-
-        Scores and labels are divided by the temperature first, and the result is multiplied by its square (Hinton et
-        al. 2015).
-        """
+        """See `Meaning`."""
         a, b = self.logits(wanted), self.logits(got)
         if self.kind in (REGRESSION, EMBEDDING):
             return (a - b).square().mean(dim=1) / (2 * self.spread)
@@ -89,11 +109,7 @@ class Answers:
         return temperature**2 * nats.mean(dim=1)
 
     def draw(self, outputs: Tensor, generator: torch.Generator, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """A loss whose gradients have the outputs' Fisher information as their covariance, summed over the images.
-
-        The answers are drawn from the network's own probabilities at a temperature: no labels are used. The second
-        number is by how much this is less, or more, information than at temperature 1, as two traces (2,).
-        """
+        """See `Meaning`."""
         values = self.logits(outputs.float())
         count = math.sqrt(values.shape[1])
         if self.kind in (REGRESSION, EMBEDDING):
@@ -115,88 +131,101 @@ class Answers:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
-
-def with_answers(mod: IRModule, answers: Answers, *, name: str = "main") -> IRModule:
-    """A copy of the module that says what the outputs of its function mean."""
-    functions = dict(mod.functions.items())
-    own = {key: str(value) for key, value in answers.to_json().items()}
-    functions[mod.get_global_var(name)] = mod[name].with_attr(ATTRIBUTE, own)
-    return IRModule(functions, attrs=mod.attrs)
-
-
-def answers_of(function: relax.Function) -> Answers:
-    """What a canonical function's outputs mean: as it says itself, else as its end suggests."""
-    said: Mapping[str, Any] = (function.attrs or {}).get(ATTRIBUTE, {})
-    if not said:
-        return guessed(function)
-    own = {str(key): str(value) for key, value in said.items()}
-    return Answers(own["kind"], int(own["axis"]), own["probabilities"] == "True", float(own["spread"]))
+    def measured(self, outputs: Tensor) -> Answers:
+        """See `Meaning`."""
+        if self.kind not in (REGRESSION, EMBEDDING):
+            return self
+        values = self.logits(outputs.double())
+        return replace(self, spread=max(float((values - values.mean(dim=0)).square().mean()), LEAST))
 
 
-def guessed(function: relax.Function) -> Answers:
-    """What the end of a function suggests: a last softmax or sigmoid, else the shape of the outputs."""
-    shape = [int(extent) for extent in list(function.ret_ty.shape)[1:]]
-    value = _last(function)
-    name = str(value.op.name) if isinstance(value, relax.Call) and hasattr(value.op, "name") else ""
-    if name in ("relax.nn.softmax", "relax.nn.log_softmax"):
-        axis = int(value.attrs.axis) % (len(shape) + 1)
-        return Answers(SCORES, axis, name == "relax.nn.softmax") if shape[axis - 1] > 1 else Answers(MULTILABEL)
-    if name == "relax.sigmoid":
-        return Answers(MULTILABEL, probabilities=True)
-    if name == "relax.divide" and len(shape) == 1 < shape[0] and _is_norm(function, value.args[1]):
-        return Answers(EMBEDDING)
-    if math.prod(shape) == 1:
-        return Answers(MULTILABEL)
-    if len(shape) == 2:
-        return Answers(SCORES, 2)
-    return Answers(REGRESSION) if len(shape) == 3 and shape[0] in PICTURE else Answers(SCORES)
+@dataclass(frozen=True)
+class Part:
+    """A part of a network's outputs: output number ``output``, ``count`` of its entries on ``axis`` from ``start`` on.
 
-
-def asked(text: str, function: relax.Function) -> Answers:
-    """What ``--output`` says that the outputs are: a kind, of scores with their axis as ``scores:2``.
-
-    Raises
-    ------
-    UserError
-        If there is no such kind, or the outputs have no such axis.
+    A ``count`` of 0 is all of it.
     """
-    kind, _, axis = text.partition(":")
-    if kind not in KINDS or (axis and (kind != SCORES or not axis.isdigit())):
-        raise UserError(f"unknown --output {text!r}; give one of {', '.join(KINDS)}, or scores:AXIS")
-    found, shape = guessed(function), list(function.ret_ty.shape)
-    same = found if found.kind == kind else Answers(kind)
-    if kind != SCORES:
-        return same
-    chosen = int(axis) if axis else same.axis
-    if not 1 <= chosen < len(shape) or int(shape[chosen]) < 2:
-        text = ", ".join(["n", *(str(int(extent)) for extent in shape[1:])])
-        raise UserError(f"--output {kind}: outputs ({text}) have no classes on axis {chosen}; give scores:AXIS")
-    return same if chosen == same.axis else Answers(SCORES, chosen)
+
+    answers: Answers
+    output: int = 0
+    axis: int = 1
+    start: int = 0
+    count: int = 0
+
+    def of(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Its numbers, of all outputs."""
+        own = outputs[self.output]
+        return own.narrow(self.axis, self.start, self.count) if self.count else own
+
+    def looked_at(self, own: Tensor) -> Answers:
+        """The answers measured; with probabilities if the graph's end does not tell, and all numbers look like them."""
+        answers = self.answers.measured(own)
+        if not self.count or answers.kind not in (SCORES, MULTILABEL):
+            return answers
+        sums = own.sum(dim=answers.axis) if answers.kind == SCORES else own.new_ones(1)
+        certain = bool(((own >= 0) & (own <= 1)).all()) and bool(torch.allclose(sums, torch.ones_like(sums), atol=1e-3))
+        return replace(answers, probabilities=answers.probabilities or certain)
+
+    def __str__(self) -> str:
+        end = self.start + self.count - 1
+        place = f" in {self.start} to {end} of axis {self.axis}" if self.count else ""
+        return f"{self.answers}{place}"
 
 
-def measured(answers: Answers, outputs: Callable[[], Tensor]) -> Answers:
-    """The answers with the spread of some outputs (n, …), where errors are counted in it."""
-    if answers.kind not in (REGRESSION, EMBEDDING):
-        return answers
-    values = answers.logits(outputs().double())
-    return replace(answers, spread=max(float((values - values.mean(dim=0)).square().mean()), LEAST))
+@dataclass(frozen=True)
+class Mixture:
+    """What several outputs mean, or several parts of one: a detector's boxes and classes. Each counts alike.
+
+    Attributes
+    ----------
+    shapes
+        Those of the outputs, without the batch (`tvm_lowrank.outputs.Outputs`).
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    parts: tuple[Part, ...]
+
+    def __str__(self) -> str:
+        named = [f"output {part.output}: {part}" if len(self.shapes) > 1 else str(part) for part in self.parts]
+        return "; ".join(named)
+
+    @property
+    def unknown(self) -> np.ndarray:
+        """See `Meaning`."""
+        joined = Outputs(self.shapes).joined([torch.zeros(1, *shape) for shape in self.shapes])
+        for part, own in zip(self.parts, self._parts(joined), strict=True):
+            own.fill_(part.answers.unknown)
+        return joined[0].numpy()
+
+    def divergences(self, wanted: Tensor, got: Tensor, *, temperature: float = 1.0) -> Tensor:
+        """See `Meaning`: the mean over the parts."""
+        pairs = zip(self.parts, self._parts(wanted), self._parts(got), strict=True)
+        nats = [part.answers.divergences(a, b, temperature=temperature) for part, a, b in pairs]
+        return torch.stack(nats).mean(dim=0)
+
+    def draw(self, outputs: Tensor, generator: torch.Generator, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """See `Meaning`."""
+        pairs = zip(self.parts, self._parts(outputs), strict=True)
+        drawn = [part.answers.draw(own, generator, temperature=temperature) for part, own in pairs]
+        losses, traces = zip(*drawn, strict=True)
+        return torch.stack(losses).sum() / math.sqrt(len(self.parts)), torch.stack(traces).mean(dim=0)
+
+    def measured(self, outputs: Tensor) -> Mixture:
+        """See `Meaning`; parts of an output that are said to be scores or labels are looked at for probabilities."""
+        pairs = zip(self.parts, self._parts(outputs), strict=True)
+        return replace(self, parts=tuple(replace(part, answers=part.looked_at(own)) for part, own in pairs))
+
+    def _parts(self, joined: Tensor) -> list[Tensor]:
+        outputs = Outputs(self.shapes).parted(joined)
+        return [part.of(outputs) for part in self.parts]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
 
 
-def _last(function: relax.Function) -> relax.Expr:
-    """The value of the function's result, but for what only gives it another shape."""
-    values = {binding.var: binding.value for binding in bindings(function)}
-    result = function.body.body
-    value = values.get(result, result)
-    while isinstance(value, relax.Call) and str(getattr(value.op, "name", "")) in ("relax.reshape", "relax.squeeze"):
-        value = values.get(value.args[0], value.args[0])
-    return value
-
-
-def _is_norm(function: relax.Function, divisor: relax.Expr) -> bool:
-    """Whether what a vector is divided by has one number for each image."""
-    values = {binding.var: binding.value for binding in bindings(function)}
-    value = values.get(divisor)
-    if isinstance(value, relax.Call) and str(getattr(value.op, "name", "")) == "relax.broadcast_to":
-        divisor = value.args[0]
-    shape = list(divisor.ty.shape) if getattr(divisor.ty, "shape", None) is not None else []
-    return len(shape) == 2 and int(shape[1]) == 1
+def from_json(entry: Mapping[str, Any]) -> Meaning:
+    """The inverse of ``to_json``."""
+    if "parts" not in entry:
+        return Answers(**entry)
+    parts = [Part(**{**part, "answers": Answers(**part["answers"])}) for part in entry["parts"]]
+    return Mixture(tuple(map(tuple, entry["shapes"])), tuple(parts))

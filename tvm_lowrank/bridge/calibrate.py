@@ -209,7 +209,7 @@ def each_fisher(
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(wanted, 0)
     network, answers = Fast(deepcopy(bridge)), bridge.answers
-    plain = answers == Answers() and len(bridge.function.ret_ty.shape) == 2  # class scores (n, classes)
+    plain = answers == Answers() and len(bridge.outputs.shapes[0]) == 1  # class scores (n, classes)
     spread = torch.zeros(2, dtype=torch.float64)  # of the answers: at temperature 1, and at `TEMPERATURE`
     for start, chunk in batches(images, min(batch_of(images), trained_at_once(bridge))):
         chunk.requires_grad_(True)

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from tvm import relax, tirx
 from tvm.ir import Call, GenericConst, IRModule, Tuple, TupleGetItem
 
-from tvm_lowrank.bridge.answers import Answers, answers_of
+from tvm_lowrank.bridge.answers import Meaning
+from tvm_lowrank.bridge.meaning import answers_of
 from tvm_lowrank.bridge.torch_nn import OPERATORS
 from tvm_lowrank.bridge.torch_ops import Compute
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.formats import Format
 from tvm_lowrank.graph import bias_adds, bindings, is_site
+from tvm_lowrank.outputs import Outputs
 from tvm_lowrank.precision import operand_formats, stored
 
 Tap = Callable[[str, Tensor, Tensor], None]
@@ -152,7 +154,12 @@ class TorchBridge(nn.Module):
         self._sites = self._site_names(function)
 
     @cached_property
-    def answers(self) -> Answers:
+    def outputs(self) -> Outputs:
+        """The outputs, which `forward` joins to one tensor where there are several."""
+        return Outputs.of(self.function)
+
+    @cached_property
+    def answers(self) -> Meaning:
         """What the outputs mean."""
         return answers_of(self.function)
 
@@ -179,7 +186,10 @@ class TorchBridge(nn.Module):
         return SiteParameters(parameters[weight], None if bias is None else parameters[bias])  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, tap: Tap | None = None, watch: Watch = ()) -> Tensor:
-        """Run the function on a batch (NCHW, float32); ``tap`` and ``watch`` are those of `resume`."""
+        """Run the function on a batch (NCHW, float32); ``tap`` and ``watch`` are those of `resume`.
+
+        Several outputs are joined to one tensor (`outputs`).
+        """
         return self.result(self.resume(self.start(x), self.length, tap=tap, watch=watch))
 
     def forked(self, x: Tensor, site: str, instead: Sequence[Callable[[Tensor], Tensor]]) -> list[Tensor]:
@@ -263,9 +273,9 @@ class TorchBridge(nn.Module):
         return found[0]
 
     def result(self, state: State) -> Tensor:
-        """The output for a batch that has done all steps."""
+        """The output for a batch that has done all steps; several are joined (`outputs`)."""
         run, env = self._running(state)
-        return self._result(env, run.constants, run.dims)
+        return self.outputs.joined(self._result(env, run.constants, run.dims))
 
     def _running(self, state: State) -> tuple[_Run, list[Any]]:
         """What is needed to go on with a batch: the run, and the environment."""

@@ -13,6 +13,7 @@ import numpy as np
 from tvm_lowrank.bundle.manifest import MANIFEST, read_manifest, sha256
 from tvm_lowrank.codegen.processor import check, missing, read
 from tvm_lowrank.errors import UserError
+from tvm_lowrank.outputs import as_arrays, concatenated, first
 
 Which = Literal["model", "dense"]
 
@@ -21,7 +22,7 @@ class CompiledModel:
     """A compiled library as a function of numpy arrays.
 
     Call it with float32 (n, C, H, W), any n >= 1: it runs the library as often as its fixed batch asks for and pads
-    the last run. Returns the library's output, float32 (n, …).
+    the last run. Returns the library's output, float32 (n, …); a tuple of them where the network has several.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class CompiledModel:
         self.manifest = dict(manifest or {})
         self._main = _open_library(path)
 
-    def __call__(self, x: np.ndarray) -> np.ndarray:
+    def __call__(self, x: np.ndarray) -> Any:
         """Raises UserError if ``x`` has another type or shape."""
         batch, *image = self.input_shape
         wanted = f"a float32 numpy array of shape (n, {', '.join(map(str, image))})"
@@ -46,8 +47,8 @@ class CompiledModel:
             part = np.ascontiguousarray(x[start : start + batch])
             missing = batch - len(part)
             padded = np.pad(part, ((0, missing), (0, 0), (0, 0), (0, 0))) if missing else part
-            outputs.append(self._main(padded)[: len(part)])
-        return np.concatenate(outputs)
+            outputs.append(first(self._main(padded), len(part)))
+        return concatenated(outputs)
 
 
 def load(directory: str | Path, *, which: Which = "model", threads: int | None = None) -> CompiledModel:
@@ -120,7 +121,7 @@ def described(directory: Path, manifest: Mapping[str, Any], name: str) -> Path:
     return path
 
 
-def _open_library(path: Path) -> Callable[[np.ndarray], np.ndarray]:
+def _open_library(path: Path) -> Callable[[np.ndarray], Any]:
     import tvm
     import tvm_ffi
     from tvm import relax
@@ -138,4 +139,4 @@ def _open_library(path: Path) -> Callable[[np.ndarray], np.ndarray]:
     except Exception as error:  # TVM's errors have no common base; dlopen's are among them
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot load {path}: {first}; is it built for this kind of machine?") from error
-    return lambda x: main(tvm.runtime.tensor(x)).numpy()
+    return lambda x: as_arrays(main(tvm.runtime.tensor(x)))

@@ -1,7 +1,8 @@
 """The compressed network for other tools: ``model.pt2`` (torch.export) and ``model.onnx``, with any batch size.
 
 Both are what `TorchBridge` computes, which the compiled library was found to agree with, but all in float32: the
-weights are those after recovery, the input is ``x`` (float32 NCHW), the output ``output``.
+weights are those after recovery, the input is ``x`` (float32 NCHW), the output ``output``; several outputs are
+``output_1``, ``output_2`` …
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 from tvm.ir import IRModule
 
 from tvm_lowrank import console
@@ -24,8 +26,24 @@ from tvm_lowrank.precision import formats_of, with_formats
 PT2, ONNX = PORTABLE
 
 
+class _Network(nn.Module):
+    """A bridge that returns its outputs apart."""
+
+    def __init__(self, bridge: TorchBridge) -> None:
+        super().__init__()
+        self.bridge = bridge
+        count = len(bridge.outputs.shapes)
+        self.names = ["output"] if count == 1 else [f"output_{number}" for number in range(1, count + 1)]
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        result: Tensor | tuple[Tensor, ...] = self.bridge.outputs.given(self.bridge(x))
+        return result
+
+
 def write_portable(mod: IRModule, folder: Path) -> None:
-    """Write a canonical module to both files, without its number formats; a warning instead of a file that its format has no form for.
+    """Write a canonical module to both files, without its number formats.
+
+    There is a warning instead of a file that its format has no form for.
 
     Raises
     ------
@@ -34,6 +52,7 @@ def write_portable(mod: IRModule, folder: Path) -> None:
     """
     exact = with_formats(mod, dict.fromkeys(formats_of(mod["main"]), FLOAT32))
     bridge = TorchBridge(exact).eval().requires_grad_(False)
+    network = _Network(bridge)
     channels, height, width = (int(d) for d in list(mod["main"].params[0].ty.shape)[1:])
     exporter = logging.getLogger("torch.onnx")
     level, unwritten = exporter.level, list(PORTABLE)
@@ -42,11 +61,11 @@ def write_portable(mod: IRModule, folder: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             x = torch.zeros(2, channels, height, width)  # 1 would be taken for a constant
-            program = torch.export.export(bridge, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+            program = torch.export.export(network, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
             with replaced(folder / PT2) as file:
                 torch.export.save(program, file)
             unwritten.remove(PT2)
-            exported = torch.onnx.export(program, input_names=["x"], output_names=["output"], verbose=False)
+            exported = torch.onnx.export(program, input_names=["x"], output_names=network.names, verbose=False)
             assert exported is not None  # without a file to write to
             with replaced(folder / ONNX) as file:
                 file.write(exported.model_proto.SerializeToString())

@@ -39,7 +39,7 @@ def canonicalise(
     Raises
     ------
     UserError
-        If the function has several inputs or outputs, types other than float32, weights that are not finite, neither a
+        If the function has several inputs, types other than float32, weights that are not finite, neither a
         convolution nor a linear layer, or a batch size that cannot be made symbolic.
     """
     function = mod["main"]
@@ -48,18 +48,18 @@ def canonicalise(
     for block in function.body.blocks:
         for binding in block.bindings:
             simplified.visit(binding)
-    result = simplified.result(function.body.body)
+    results = simplified.results(function.body.body)
     convs = [node.var for node in simplified.nodes if isinstance(node.call, Call) and node.call.op == CONV2D]
     wanted = dict(zip(convs, conv_ids, strict=True)) if len(conv_ids) == len(convs) else {}
     nodes, linear = as_convolutions(simplified.nodes, batch, linear_ids or {})
-    nodes = live(named(nodes, {**wanted, **linear}), result)
-    nodes, result = fold_scaling(nodes, result)
+    nodes = live(named(nodes, {**wanted, **linear}), results)
+    nodes, results = fold_scaling(nodes, results)
     check_constants(nodes)
     if not any(node.site for node in nodes):
         raise UserError(
             "the model has no 2-D convolution or linear layer with constant weights; there is nothing to compress"
         )
-    return assembled(parameter, nodes, result)
+    return assembled(parameter, nodes, results)
 
 
 def _parameter(function: relax.Function) -> tuple[relax.Var, tirx.Var]:
@@ -95,17 +95,21 @@ class _Simplifier:
             raise UserError("the model has control flow; export it with the branch that inference takes")
         self.values[binding.var] = self._call(value) if isinstance(value, Call) else self._mapped(value)
 
-    def result(self, expr: relax.Expr) -> relax.Expr:
-        value = self._mapped(expr)
-        while isinstance(value, Tuple):
-            if len(value.fields) != 1:
-                raise UserError(
-                    f"the model returns {len(value.fields)} tensors; wrap it so that it returns the one that matters"
-                )
-            value = value.fields[0]
+    def results(self, expr: relax.Expr) -> list[relax.Var]:
+        """The variables that the function returns."""
+        return [self._result(value) for value in _flat(self._mapped(expr))]
+
+    def _result(self, value: relax.Expr) -> relax.Var:
         shape = value.ty.shape if isinstance(value, relax.Var) else None
         if shape is None or not len(shape) or not tvm.sym.Analyzer().can_prove_equal(shape[0], self.batch):
             raise UserError(f"the output ({value.ty}) does not keep the batch as its first dimension; return N x ...")
+        if not all(isinstance(extent, tirx.IntImm) for extent in list(shape)[1:]):
+            raise UserError(f"the output ({value.ty}) has no fixed shape; return what it is computed from")
+        if str(value.ty.dtype) != "float32":
+            raise UserError(
+                f"the output ({value.ty}) is not float32; return what it is computed from: choosing the best classes "
+                "or boxes belongs to the metric"
+            )
         return value
 
     def _mapped(self, expr: relax.Expr) -> relax.Expr:
@@ -242,6 +246,10 @@ def _with_padding(call: Call, args: list[relax.Expr], producers: dict[relax.Var,
                 groups=attrs.groups,
             )
     return Call(call.op, args, call.attrs, call.ty_args)
+
+
+def _flat(value: relax.Expr) -> list[relax.Expr]:
+    return [part for field in value.fields for part in _flat(field)] if isinstance(value, Tuple) else [value]
 
 
 def _constant(value: torch.Tensor) -> GenericConst:

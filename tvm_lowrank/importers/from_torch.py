@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
 from tvm import relax
 from tvm.ir import IRModule
 from tvm.relax.frontend.torch import from_exported_program
@@ -80,7 +81,7 @@ def _exported(model: nn.Module, x: Tensor) -> ExportedProgram:
             lambda: model(x),
             lambda e: f"the model does not take input of shape {shape}: {condense(e)}; check the input shape",
         )
-        _single_output(output)
+        _tensors(output)
         try:
             batch = torch.export.Dim("batch")
             with quiet():
@@ -128,9 +129,6 @@ def _check_inputs(program: ExportedProgram, input_shape: tuple[int, ...] | None)
     users = [s.arg.name for s in program.graph_signature.input_specs if s.kind is InputKind.USER_INPUT]
     if len(users) != 1:
         raise UserError(f"the model has {len(users)} inputs ({', '.join(users)}); only one image input is supported")
-    outputs = program.graph_signature.user_outputs
-    if len(outputs) != 1:
-        raise UserError(f"the model returns {len(outputs)} tensors; wrap it so that it returns the one that matters")
     value = next(n.meta["val"] for n in program.graph.nodes if n.op == "placeholder" and n.name == users[0])
     if value.dtype != torch.float32:
         raise UserError(f"input {users[0]!r} is {_names({value.dtype})}, not float32; export the model in float32")
@@ -146,32 +144,28 @@ def _check_same(program: ExportedProgram, mod: IRModule) -> None:
     batch = value.shape[0] if isinstance(value.shape[0], int) else _EXAMPLE_BATCH
     x = torch.randn((batch, *value.shape[1:]), generator=torch.Generator().manual_seed(0))
     with quiet(), torch.no_grad():
-        expected = _single_output(program.module(check_guards=False)(x))
-        got = TorchBridge(mod)(x)
-    if expected.shape != got.shape:
-        raise UserError(
-            f"the import gives {tuple(got.shape)} where torch gives {tuple(expected.shape)}; report this model"
-        )
-    error = (got - expected).abs().max() / expected.abs().max().clamp_min(1e-30)
-    if not error < _TOLERANCE:
-        raise UserError(f"the import differs from torch by {error:.1e} (relative); report this model")
+        expected = _tensors(program.module(check_guards=False)(x))
+        bridge = TorchBridge(mod)
+        got = bridge.outputs.parted(bridge(x))
+    for wanted, own in zip(expected, got, strict=True):
+        if wanted.shape != own.shape:
+            raise UserError(
+                f"the import gives {tuple(own.shape)} where torch gives {tuple(wanted.shape)}; report this model"
+            )
+        error = (own - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)
+        if not error < _TOLERANCE:
+            raise UserError(f"the import differs from torch by {error:.1e} (relative); report this model")
 
 
-def _single_output(output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, Mapping):
-        tensors = {str(k): v for k, v in output.items() if isinstance(v, Tensor)}
-    elif isinstance(output, tuple | list):
-        tensors = {str(i): v for i, v in enumerate(output) if isinstance(v, Tensor)}
-    else:
-        tensors = {k: v for k, v in vars(output).items() if isinstance(v, Tensor)}
-    if len(tensors) != 1:
-        names = ", ".join(tensors) or "none"
-        raise UserError(
-            f"the model returns {len(tensors)} tensors ({names}); wrap it so that it returns the one that matters"
-        )
-    return next(iter(tensors.values()))
+def _tensors(output: Any) -> list[Tensor]:
+    """The tensors that a model returns, in the order in which torch.export lists them."""
+    leaves = pytree.tree_leaves(output)
+    if len(leaves) == 1 and not isinstance(leaves[0], Tensor):
+        leaves = pytree.tree_leaves(vars(leaves[0])) if hasattr(leaves[0], "__dict__") else []
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if not tensors:
+        raise UserError(f"the model returns {type(output).__name__}, no tensor; return what it computes")
+    return tensors
 
 
 def _conv_ids(program: ExportedProgram) -> list[str | None]:

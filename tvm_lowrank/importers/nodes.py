@@ -58,8 +58,8 @@ def _used(expr: relax.Expr) -> list[relax.Var]:
     return [var for field in fields for var in _used(field)]
 
 
-def live(nodes: Sequence[Node], result: relax.Var) -> list[Node]:
-    needed, kept = {result}, []
+def live(nodes: Sequence[Node], results: Sequence[relax.Var]) -> list[Node]:
+    needed, kept = set(results), []
     for node in reversed(nodes):
         if node.var in needed:
             needed.update(_used(node.call))
@@ -82,10 +82,10 @@ def _substituted(expr: relax.Expr, values: dict[relax.Var, relax.Var]) -> relax.
     return expr
 
 
-def fold_scaling(nodes: Sequence[Node], result: relax.Var) -> tuple[list[Node], relax.Var]:
+def fold_scaling(nodes: Sequence[Node], results: Sequence[relax.Var]) -> tuple[list[Node], list[relax.Var]]:
     """Fold per-channel multiplications and additions after a site into its weight and one bias."""
     uses = Counter(var for node in nodes for var in _used(node.call))
-    uses[result] += 1
+    uses.update(results)
     consumer = {var: node for node in nodes for var in _used(node.call)}
     values: dict[relax.Var, relax.Var] = {}
     folded: list[Node] = []
@@ -100,7 +100,7 @@ def fold_scaling(nodes: Sequence[Node], result: relax.Var) -> tuple[list[Node], 
         weight = call.args[1].value.numpy().astype(np.float64)
         bias: np.ndarray | None = None
         last = node.var
-        while uses[last] == 1 and not last.same_as(result):
+        while uses[last] == 1 and last in consumer:
             user = consumer[last]
             factors = _scaling(user.call, last, weight.shape[0])
             if factors is None:
@@ -121,7 +121,7 @@ def fold_scaling(nodes: Sequence[Node], result: relax.Var) -> tuple[list[Node], 
             values[last] = relax.DataflowVar("v", node.var.ty)
             add = Call(ADD, [node.var, _float(bias.reshape(1, -1, 1, 1))], ret_ty=node.var.ty)
             folded.append(Node(values[last], add))
-    return folded, values.get(result, result)
+    return folded, [values.get(result, result) for result in results]
 
 
 def _float(values: np.ndarray) -> GenericConst:
@@ -165,8 +165,8 @@ def check_constants(nodes: Sequence[Node]) -> None:
             raise UserError(f"{where} has NaN or infinite values; repair or retrain the model")
 
 
-def assembled(parameter: relax.Var, nodes: Sequence[Node], result: relax.Var) -> IRModule:
-    """One function with one dataflow block; its last variable is the output."""
+def assembled(parameter: relax.Var, nodes: Sequence[Node], results: Sequence[relax.Var]) -> IRModule:
+    """One function with one dataflow block, which returns one variable, or a tuple of several."""
     taken = {node.site for node in nodes if node.site} | {parameter.name}
     counts: Counter[str] = Counter()
     values: dict[relax.Var, relax.Var] = {}
@@ -177,12 +177,14 @@ def assembled(parameter: relax.Var, nodes: Sequence[Node], result: relax.Var) ->
             stem = op_name(node.call).rsplit(".", 1)[-1] if isinstance(node.call, Call) else "item"
             counts[stem] += 1
             name = f"{stem}_{counts[stem]}"
-        make = relax.Var if node.var.same_as(result) else relax.DataflowVar
+        make = relax.Var if node.var in results else relax.DataflowVar
         values[node.var] = make(name, node.var.ty)
         rewritten.append(relax.VarBinding(values[node.var], _substituted(node.call, values)))
-    output = values[result]
+    output = values[results[0]] if len(results) == 1 else Tuple([values[result] for result in results])
     body = relax.SeqExpr([relax.DataflowBlock(rewritten)], output)
-    function = relax.Function([parameter], body, output.ty).with_attr("global_symbol", "main")
+    types = [values[result].ty for result in results]
+    returned = types[0] if len(types) == 1 else relax.TupleType(types)
+    function = relax.Function([parameter], body, returned).with_attr("global_symbol", "main")
     # a SeqExpr made by hand has no type yet
     return relax.transform.Normalize()(IRModule({"main": function}))
 

@@ -2,6 +2,7 @@
 
 #include <elf.h>
 #include <sched.h>
+#include <tvm/ffi/container/array.h>
 #include <tvm/ffi/container/map.h>
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/extra/json.h>
@@ -26,6 +27,7 @@
 namespace {
 
 using tvm::ffi::Any;
+using tvm::ffi::Array;
 using tvm::ffi::Function;
 using tvm::ffi::Module;
 using tvm::ffi::Optional;
@@ -196,7 +198,10 @@ struct tlr_model {
     input = Tensor::FromNDAlloc(HostMemory(), tvm::ffi::ShapeView(manifest.shape.data(), manifest.shape.size()),
                                 DLDataType{kDLFloat, 32, 1}, DLDevice{kDLCPU, 0});
     std::memset((*input).data_ptr(), 0, Batch() * ImageSize() * sizeof(float));
-    output_size = Run().numel() / Batch();  // the manifest does not say it
+    for (const Tensor& output : Run()) {  // the manifest does not say it
+      shapes.emplace_back(output.shape().begin() + 1, output.shape().end());
+      output_size += output.numel() / Batch();
+    }
   }
 
   // The library of the best level that this processor can run, checked; of those whose files are there.
@@ -220,13 +225,32 @@ struct tlr_model {
     return *found;
   }
 
-  Tensor Run() {
-    Tensor output = main(*input).cast<Tensor>();
-    DLDataType type = output.dtype();
-    if (type.code != kDLFloat || type.bits != 32 || output.ndim() < 1 || output.size(0) != manifest.shape[0]) {
-      throw Failure("the library's output is not float32 with an entry for each image");
+  std::vector<Tensor> Run() {
+    Any result = main(*input);
+    std::vector<Tensor> outputs;
+    if (auto several = result.as<Array<Tensor>>()) {
+      outputs.assign(several->begin(), several->end());
+    } else {
+      outputs.push_back(result.cast<Tensor>());
     }
-    return output;
+    for (const Tensor& output : outputs) {
+      DLDataType type = output.dtype();
+      if (type.code != kDLFloat || type.bits != 32 || output.ndim() < 1 || output.size(0) != manifest.shape[0]) {
+        throw Failure("the library's output is not float32 with an entry for each image");
+      }
+    }
+    return outputs;
+  }
+
+  // The outputs of the first `count` images of a run, image after image.
+  void Store(const std::vector<Tensor>& outputs, size_t count, float* to) const {
+    size_t before = 0;
+    for (const Tensor& output : outputs) {
+      size_t size = output.numel() / Batch();
+      auto from = static_cast<const float*>(output.data_ptr());
+      for (size_t i = 0; i < count; ++i) std::memcpy(to + i * output_size + before, from + i * size, size * sizeof(float));
+      before += size;
+    }
   }
 
   size_t Batch() const { return static_cast<size_t>(manifest.shape[0]); }
@@ -236,6 +260,7 @@ struct tlr_model {
   Optional<Module> library, machine;  // in the order in which they must go: what came from them is freed first
   Function main;
   Optional<Tensor> input;
+  std::vector<std::vector<int64_t>> shapes;  // of the outputs, of one image
   size_t output_size = 0;
 };
 
@@ -282,8 +307,7 @@ int tlr_run(tlr_model* model, const float* images, size_t count, float* outputs)
     for (size_t start = 0; start < count; start += model->Batch()) {
       size_t part = std::min(model->Batch(), count - start);
       std::memcpy((*model->input).data_ptr(), images + start * size, part * size * sizeof(float));
-      Tensor output = model->Run();
-      std::memcpy(outputs + start * model->output_size, output.data_ptr(), part * model->output_size * sizeof(float));
+      model->Store(model->Run(), part, outputs + start * model->output_size);
     }
   });
   return done ? 0 : 1;
@@ -294,6 +318,14 @@ const int64_t* tlr_input_shape(const tlr_model* model) { return model->manifest.
 size_t tlr_input_size(const tlr_model* model) { return model->ImageSize(); }
 
 size_t tlr_output_size(const tlr_model* model) { return model->output_size; }
+
+size_t tlr_output_count(const tlr_model* model) { return model->shapes.size(); }
+
+const int64_t* tlr_output_shape(const tlr_model* model, size_t output, size_t* dimensions) {
+  bool is_one = output < model->shapes.size();
+  if (dimensions) *dimensions = is_one ? model->shapes[output].size() : 0;
+  return is_one ? model->shapes[output].data() : nullptr;
+}
 
 const char* tlr_error(void) { return last_error.c_str(); }
 

@@ -4,7 +4,8 @@
  *     if (!model || tlr_run(model, images, count, scores)) fprintf(stderr, "%s\n", tlr_error());
  *     tlr_free(model);
  *
- * Images are float32, NCHW, contiguous; so are outputs, image after image. The library runs on a fixed number of images
+ * Images are float32, NCHW, contiguous; so are outputs, image after image. Of a network with several outputs, those of an
+ * image lie one after another. The library runs on a fixed number of images
  * at a time (tlr_input_shape(model)[0]); tlr_run takes any number and calls it as often as that needs.
  *
  * A function that fails returns NULL or a value other than 0, and tlr_error() says why in one line. No input makes it
@@ -47,9 +48,15 @@ TLR_API int tlr_run(tlr_model *model, const float *images, size_t count, float *
 /* The shape of the library's input: images at a time, channels, height, width. */
 TLR_API const int64_t *tlr_input_shape(const tlr_model *model);
 
-/* Floats of one image, and of its output. */
+/* Floats of one image, and of its output, or its outputs together. */
 TLR_API size_t tlr_input_size(const tlr_model *model);
 TLR_API size_t tlr_output_size(const tlr_model *model);
+
+/* How many outputs the network has, and the shape of one of them, of a single image; NULL if there is no such output.
+ * `dimensions` becomes the length of the shape.
+ */
+TLR_API size_t tlr_output_count(const tlr_model *model);
+TLR_API const int64_t *tlr_output_shape(const tlr_model *model, size_t output, size_t *dimensions);
 
 /* Why the last call of this thread failed; "" if none did. Valid until the thread's next call. */
 TLR_API const char *tlr_error(void);

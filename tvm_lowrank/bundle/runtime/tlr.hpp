@@ -19,7 +19,7 @@ class Model {
     if (!model_) throw std::runtime_error(tlr_error());
   }
 
-  // Floats of one image, NCHW, and of its output.
+  // Floats of one image, NCHW, and of its output, or its outputs together.
   size_t input_size() const { return tlr_input_size(model_.get()); }
   size_t output_size() const { return tlr_output_size(model_.get()); }
 
@@ -27,6 +27,17 @@ class Model {
   std::vector<int64_t> input_shape() const {
     const int64_t* shape = tlr_input_shape(model_.get());
     return {shape, shape + 4};
+  }
+
+  // The shape of each output, of a single image.
+  std::vector<std::vector<int64_t>> output_shapes() const {
+    std::vector<std::vector<int64_t>> shapes(tlr_output_count(model_.get()));
+    for (size_t i = 0; i < shapes.size(); ++i) {
+      size_t dimensions = 0;
+      const int64_t* shape = tlr_output_shape(model_.get(), i, &dimensions);
+      shapes[i].assign(shape, shape + dimensions);
+    }
+    return shapes;
   }
 
   // The outputs of any number of images, one after another.
