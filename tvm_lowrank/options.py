@@ -84,8 +84,10 @@ class ModelOptions(Options):
         default=None,
         python="Or a torch module.",
     )
-    input_shape: tuple[int, ...] | None = option(
-        "The model's input, e.g. 1,3,224,224 (for a factory).", default=None, read=quantities.input_shape
+    input_shape: tuple[int, ...] | tuple[tuple[int, ...], ...] | None = option(
+        "The model's input, e.g. 1,3,224,224 (for a factory); several as 1,3,64,64+1,10.",
+        default=None,
+        read=quantities.input_shape,
     )
 
     @property

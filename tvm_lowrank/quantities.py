@@ -3,30 +3,42 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from tvm_lowrank.errors import UserError
 
+Shape = tuple[int, ...]
 
-def input_shape(text: str) -> tuple[int, ...]:
-    """``"1,3,224,224"`` (or ``"1x3x224x224"``) as a tuple.
+
+def input_shape(text: str) -> Shape | tuple[Shape, ...]:
+    """``"1,3,224,224"`` (or ``"1x3x224x224"``) as a tuple; of several inputs, ``"1,3,64,64+1,10"``, a tuple of them.
 
     Raises
     ------
     UserError
-        If the text is not four positive integers.
+        If the text is not four positive integers, or two or more for each of several inputs.
     """
     try:
-        shape = tuple(int(part) for part in text.lower().strip("()[] ").replace("x", ",").split(","))
+        shapes = tuple(
+            tuple(int(part) for part in own.lower().strip("()[] ").replace("x", ",").split(","))
+            for own in text.split("+")
+        )
     except ValueError as error:
         raise UserError(f"input shape {text!r} is not a list of integers; give N,C,H,W such as 1,3,224,224") from error
-    return checked_shape(shape)
+    checked = checked_shapes(shapes if len(shapes) > 1 else shapes[0])
+    return checked if len(checked) > 1 else checked[0]
 
 
-def checked_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A shape (N, C, H, W); UserError if it is none."""
-    if len(shape) != 4 or not all(isinstance(d, int) and d > 0 for d in shape):
-        raise UserError(f"input shape {shape} is not four positive integers; give N,C,H,W such as 1,3,224,224")
-    return tuple(shape)
+def checked_shapes(shape: Shape | tuple[Shape, ...]) -> tuple[Shape, ...]:
+    """The shape (N, C, H, W) of an input, or the shapes (N, …) of several; UserError if it is none."""
+    several = bool(shape) and not any(isinstance(d, int) for d in shape)
+    shapes: tuple[Any, ...] = tuple(shape) if several else (shape,)
+    for own in shapes:
+        good = isinstance(own, tuple | list) and all(isinstance(d, int) and d > 0 for d in own)
+        if not good or (len(own) < 2 if several else len(own) != 4):
+            wanted = "N and more positive integers" if several else "four positive integers"
+            raise UserError(f"input shape {own} is not {wanted}; give N,C,H,W such as 1,3,224,224")
+    return tuple(tuple(own) for own in shapes)
 
 
 def points(text: str) -> float:

@@ -23,6 +23,8 @@ POWER = 0.8
 RATE = 20.0
 UNSURE = 1.0  # standard deviation of the rate's logarithm: with labels that are the dense answers rates are 50 to 100
 SPREAD = 0.07  # of the points of a damage: standard deviation of what networks of this damage lose
+COUNTS = 4  # networks that this spread counts as, against those of another metric or task that spread more
+SURPRISE = 2.0  # standard errors beyond which it is not luck that a network loses other points than its damage
 
 
 # of a damage, what is left when a network is recovered: reconstructed, 0.44 to 0.49 with the bundled example and a
@@ -62,17 +64,29 @@ class Rate:
         """
         known = self._known.values()
         points, nats = sum(own.drop for own in known), sum(own.power for own in known)
-        error = sum(own.error for own in known) + SPREAD * RATE * nats
-        rates = np.geomspace(RATE / 100, RATE * 100, 1001)
+        error = sum(own.error for own in known) + SPREAD * max(RATE * nats, points)
+        # a metric of another kind may cost any number of its units
+        highest = max(RATE * 100, 10 * points / max(nats, 1e-12))
+        rates = np.geomspace(RATE / 100, highest, 2001)
         unlikely = (np.log(rates / RATE) / UNSURE) ** 2 + ((points - rates * nats) / max(error, 1e-12)) ** 2
         weights = np.exp((unlikely.min() - unlikely) / 2)
         return float(np.exp(np.average(np.log(rates), weights=weights)))
 
     def expected(self, counted: Counted) -> float:
         """Points that a network loses: those of its damage, and the better its own were counted, these."""
-        points = self.value * counted.power
-        spread = (SPREAD * points) ** 2
+        rate = self.value
+        points = rate * counted.power
+        spread = (self._spread(rate) * points) ** 2
         return points + spread / max(spread + counted.error**2, 1e-12) * (counted.drop - points)
+
+    def _spread(self, rate: float) -> float:
+        """How much of their points networks of the same damage differ in, by those that luck does not explain."""
+        surprises = [
+            max(0.0, abs(own.drop - rate * own.power) - SURPRISE * own.error) / max(rate * own.power, 1e-12)
+            for own in self._known.values()
+        ]
+        known = COUNTS * SPREAD**2 + sum(surprise**2 for surprise in surprises)
+        return math.sqrt(known / (COUNTS + len(surprises)))
 
     def damage(self, drop: float) -> float:
         """Nats at which so many points are lost."""

@@ -115,6 +115,7 @@ def describe(
         "model": delivery.model,
         "target": dict(delivery.target),
         "input_shape": list(delivery.input_shape),
+        **delivery.several,
         "data": None if evaluation is None else {**(delivery.data or {}), **evaluation},
         "sites": [
             site_entry(

@@ -28,7 +28,6 @@ from tvm_lowrank.graph import Site, find_sites
 from tvm_lowrank.importers.importer import import_model
 from tvm_lowrank.methods import METHODS
 from tvm_lowrank.options import BundleOptions, MethodOptions, ModelOptions, NetworkOptions, SearchOptions
-from tvm_lowrank.outputs import Outputs
 from tvm_lowrank.searching.choose.networks import Training
 from tvm_lowrank.searching.fit.torchrun import Workers
 from tvm_lowrank.searching.journal import JOURNAL
@@ -37,6 +36,7 @@ from tvm_lowrank.searching.latency.times import SiteTimes
 from tvm_lowrank.searching.measure.device import Device, check_connection, open_device
 from tvm_lowrank.targets.profile import Profile, load_levels
 from tvm_lowrank.targets.toolchain import cache_folder
+from tvm_lowrank.tensors import Tensors
 
 SYNTHETIC_IMAGES = 500
 SPREAD_IMAGES = 64  # on which the spread of regressions is measured
@@ -153,11 +153,11 @@ def _meaning(asked: BundleOptions, mod: IRModule) -> IRModule:
         answers = said_of(asked.output, function)
     else:
         answers = guessed(function)
-        outputs = Outputs.of(function)
+        outputs = Tensors.of(function)
         if answers != Answers() or len(outputs.shapes[0]) != 1:
             console.phase(f"outputs {outputs} are taken for {answers}; --output says otherwise")
     # every worker of a training must count alike, so the spread is that on images that all of them have
-    images = dead_leaves(image_shape(mod), SPREAD_IMAGES, seed=0)
+    images = _made_up(mod, SPREAD_IMAGES, 0)
     found = answers.measured(torch.from_numpy(predict(TorchBridge(mod), images)))
     return mod if found == guessed(function) else with_answers(mod, found)
 
@@ -200,19 +200,33 @@ def _classes(mod: IRModule) -> int | None:
     """How many classes labels may count, if they count classes."""
     if yes_or_no(mod):
         return 2
-    shape, answers = Outputs.of(mod["main"]).shapes[0], answers_of(mod["main"])
+    shape, answers = Tensors.of(mod["main"]).shapes[0], answers_of(mod["main"])
     return shape[0] if len(shape) == 1 and isinstance(answers, Answers) and answers.kind == SCORES else None
 
 
 def yes_or_no(mod: IRModule) -> bool:
     """Whether a network answers one question with yes or no."""
     answers = answers_of(mod["main"])
-    return isinstance(answers, Answers) and answers.kind == MULTILABEL and Outputs.of(mod["main"]).ends == [1]
+    return isinstance(answers, Answers) and answers.kind == MULTILABEL and Tensors.of(mod["main"]).ends == [1]
 
 
 def synthetic_images(mod: IRModule, seed: int) -> np.ndarray:
     """Images (n, C, H, W) for a model that came without data."""
-    return dead_leaves(image_shape(mod), SYNTHETIC_IMAGES, seed=seed)
+    return _made_up(mod, SYNTHETIC_IMAGES, seed)
+
+
+def _made_up(mod: IRModule, count: int, seed: int) -> np.ndarray:
+    """So many images; inputs of several that are no images become noise."""
+    inputs = Tensors.taken(mod["main"])
+    noise = np.random.default_rng(seed)
+    made = [
+        dead_leaves(shape, count, seed=seed)
+        if len(shape) == 3
+        else noise.standard_normal((count, *shape)).astype("float32")
+        for shape in inputs.shapes
+    ]
+    images: np.ndarray = inputs.images(made)
+    return images
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from tvm_lowrank.searching.latency.oracle import LatencyOracle
 from tvm_lowrank.searching.latency.times import SiteTimes
 from tvm_lowrank.searching.measure.device import Device, Model
 from tvm_lowrank.targets.profile import Profile
+from tvm_lowrank.tensors import Tensors
 
 ROUNDS = 30
 ORIGINAL = "float32.so"  # the dense network in float32, while a bundle is made
@@ -36,7 +37,10 @@ TOLERANCE = 1e-3  # of the largest output: the compiled library against PyTorch
 
 @dataclass(frozen=True)
 class Delivery:
-    """What the bundle is made for, besides what the search knows; ``others`` are further targets."""
+    """What the bundle is made for, besides what the search knows; ``others`` are further targets.
+
+    ``several`` has the shapes of the network's inputs and outputs where there are several, as in the manifest.
+    """
 
     asked: BundleOptions
     out: Path
@@ -46,12 +50,15 @@ class Delivery:
     data: Mapping[str, Any] | None  # source, mean, std
     device: Device
     others: tuple[Profile, ...] = ()
+    several: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, inputs: Inputs, device: Device) -> Delivery:
         """The bundle of a command."""
         asked, profile, splits = inputs.asked, device.profile, inputs.splits
         assert isinstance(asked, BundleOptions)
+        function = inputs.mod["main"]
+        tensors = {"inputs": Tensors.taken(function), "outputs": Tensors.of(function)}
         return cls(
             asked=asked,
             out=asked.folder,
@@ -61,6 +68,7 @@ class Delivery:
             data=None if splits is None else {"source": splits.name, "mean": asked.mean, "std": asked.std},
             device=device,
             others=inputs.others,
+            several={name: list(map(list, own.shapes)) for name, own in tensors.items() if not own.single},
         )
 
 

@@ -20,11 +20,11 @@ import tvm
 from tvm_lowrank import console
 from tvm_lowrank.data.images import Images
 from tvm_lowrank.errors import MeasurementError, UserError
-from tvm_lowrank.outputs import concatenated, first
 from tvm_lowrank.searching.measure.bench import START_TIMEOUT, Cancelled, Job, R, T, TrialError, Worker, WorkerPool
 from tvm_lowrank.searching.measure.remote import Board, BoardLost, Remote, RPCBench, free_boards, request
 from tvm_lowrank.searching.measure.thermal import LOOK, REFERENCE_SECONDS, reference_job, settle
 from tvm_lowrank.targets.toolchain import release, tvm_versions
+from tvm_lowrank.tensors import concatenated, first
 
 LINK = "tvm_lowrank.searching.measure.link"
 POLL = 0.5  # seconds between questions whether a board has become free

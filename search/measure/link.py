@@ -22,8 +22,8 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from tvm_lowrank.outputs import as_arrays
 from tvm_lowrank.searching.measure.worker import Argument, Timer, one_line, sample, serve
+from tvm_lowrank.tensors import as_arrays
 
 FAST_CORES = 1  # affinity mode of TVM's thread pool; where all cores are alike, any
 MAIN = "main"  # the function of a kernel, and of a model

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tvm_lowrank.outputs import Outputs
+from tvm_lowrank.tensors import Tensors
 
 SCORES, MULTILABEL, REGRESSION, EMBEDDING = KINDS = ("scores", "multilabel", "regression", "embedding")
 LEAST = 1e-30  # of a probability, before its logarithm is taken
@@ -26,11 +26,11 @@ SURE = 1e-7  # how far a sigmoid stays from 0 and 1, where single precision ends
 
 
 class Meaning(Protocol):
-    """What the outputs of a network mean, joined to one tensor where there are several (`tvm_lowrank.outputs`)."""
+    """What the outputs of a network mean, joined to one tensor where there are several (`tvm_lowrank.tensors`)."""
 
     @property
     def unknown(self) -> Any:
-        """Outputs that say nothing: a number, or one for each of the joined numbers."""
+        """Tensors that say nothing: a number, or one for each of the joined numbers."""
 
     def divergences(self, wanted: Tensor, got: Tensor, *, temperature: float = 1.0) -> Tensor:
         """Nats of each image (n,) by which outputs differ from those that are wanted.
@@ -85,7 +85,7 @@ class Answers:
         return 0.5 if self.kind == MULTILABEL and self.probabilities else 0.0
 
     def logits(self, outputs: Tensor) -> Tensor:
-        """Outputs (n, …) as (n, decisions, classes) of scores, else (n, decisions)."""
+        """Tensors (n, …) as (n, decisions, classes) of scores, else (n, decisions)."""
         if self.kind == SCORES:
             values = outputs.log_softmax(self.axis) if not self.probabilities else outputs.clamp_min(LEAST).log()
             return values.movedim(self.axis, -1).flatten(1, -2) if outputs.dim() > 2 else values[:, None]
@@ -179,7 +179,7 @@ class Mixture:
     Attributes
     ----------
     shapes
-        Those of the outputs, without the batch (`tvm_lowrank.outputs.Outputs`).
+        Those of the outputs, without the batch (`tvm_lowrank.tensors.Tensors`).
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -192,7 +192,7 @@ class Mixture:
     @property
     def unknown(self) -> np.ndarray:
         """See `Meaning`."""
-        joined = Outputs(self.shapes).joined([torch.zeros(1, *shape) for shape in self.shapes])
+        joined = Tensors(self.shapes).joined([torch.zeros(1, *shape) for shape in self.shapes])
         for part, own in zip(self.parts, self._parts(joined), strict=True):
             own.fill_(part.answers.unknown)
         return joined[0].numpy()
@@ -216,7 +216,7 @@ class Mixture:
         return replace(self, parts=tuple(replace(part, answers=part.looked_at(own)) for part, own in pairs))
 
     def _parts(self, joined: Tensor) -> list[Tensor]:
-        outputs = Outputs(self.shapes).parted(joined)
+        outputs = Tensors(self.shapes).parted(joined)
         return [part.of(outputs) for part in self.parts]
 
     def to_json(self) -> dict[str, Any]:

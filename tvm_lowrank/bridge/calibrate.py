@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 # of a batch: a hundred images of 32x32, or two of 224x224. What a layer makes of more of them, over 32 MB, comes from
 # the system page by page and takes as long as the arithmetic (ResNet-50, 31 images at once: 1.4 times as long)
 BATCH_PIXELS = 100 * 32 * 32
+COLOURS = 3  # numbers of a pixel
 MOST_AT_ONCE = 100
 GATHERED = 512  # columns that are kept back until their products are added to a covariance
 BLOCK = 1024  # rows of a covariance that are summed at once, and no further to the left than the diagonal needs
@@ -286,4 +287,6 @@ def trained_at_once(bridge: TorchBridge) -> int:
 
 def batch_of(images: Images) -> int:
     """How many images (n, C, H, W) to compute at once: two, or more small ones."""
-    return int(np.clip(BATCH_PIXELS // (images.shape[2] * images.shape[3]), 2, MOST_AT_ONCE))
+    channels, height, width = images.shape[1:]
+    pixels = max(height * width, channels * height * width // COLOURS)  # of several inputs, all numbers are channels
+    return int(np.clip(BATCH_PIXELS // pixels, 2, MOST_AT_ONCE))

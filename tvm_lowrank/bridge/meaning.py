@@ -24,7 +24,7 @@ from tvm_lowrank.bridge.answers import (
 )
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.graph import bindings
-from tvm_lowrank.outputs import Outputs, values
+from tvm_lowrank.tensors import Tensors, values
 
 ATTRIBUTE = "answers"
 PICTURE = (1, 3, 4)  # channels of an output that is an image
@@ -54,7 +54,7 @@ def guessed(function: relax.Function) -> Meaning:
     it is the only output, else for numbers.
     """
     known = {binding.var: binding.value for binding in bindings(function)}
-    shapes = Outputs.of(function).shapes
+    shapes = Tensors.of(function).shapes
     outputs = list(zip(values(function), shapes, strict=True))
     if len(outputs) > 1:
         return Mixture(
@@ -119,7 +119,7 @@ def asked(text: str, function: relax.Function) -> Meaning:
     UserError
         If there is no such kind, or the outputs have no such axis or entries.
     """
-    outputs = Outputs.of(function)
+    outputs = Tensors.of(function)
     texts = text.split(",")
     if len(texts) == 1:
         texts *= len(outputs.shapes)

@@ -24,8 +24,8 @@ from tvm_lowrank.bridge.torch_ops import Compute
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.formats import Format
 from tvm_lowrank.graph import bias_adds, bindings, is_site
-from tvm_lowrank.outputs import Outputs
 from tvm_lowrank.precision import operand_formats, stored
+from tvm_lowrank.tensors import Tensors
 
 Tap = Callable[[str, Tensor, Tensor], None]
 Watch = Sequence[tuple[relax.Var, Callable[[Tensor], None]]]
@@ -154,9 +154,14 @@ class TorchBridge(nn.Module):
         self._sites = self._site_names(function)
 
     @cached_property
-    def outputs(self) -> Outputs:
+    def inputs(self) -> Tensors:
+        """The network's inputs, which `forward` takes joined where there are several."""
+        return Tensors.taken(self.function)
+
+    @cached_property
+    def outputs(self) -> Tensors:
         """The outputs, which `forward` joins to one tensor where there are several."""
-        return Outputs.of(self.function)
+        return Tensors.of(self.function)
 
     @cached_property
     def answers(self) -> Meaning:

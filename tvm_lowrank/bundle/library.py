@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ import numpy as np
 from tvm_lowrank.bundle.manifest import MANIFEST, read_manifest, sha256
 from tvm_lowrank.codegen.processor import check, missing, read
 from tvm_lowrank.errors import UserError
-from tvm_lowrank.outputs import as_arrays, concatenated, first
+from tvm_lowrank.tensors import Tensors, as_arrays, concatenated, first
 
 Which = Literal["model", "dense"]
 
@@ -21,22 +21,28 @@ Which = Literal["model", "dense"]
 class CompiledModel:
     """A compiled library as a function of numpy arrays.
 
-    Call it with float32 (n, C, H, W), any n >= 1: it runs the library as often as its fixed batch asks for and pads
-    the last run. Returns the library's output, float32 (n, …); a tuple of them where the network has several.
+    Call it with float32 (n, C, H, W), or a tuple of the network's inputs (n, …), any n >= 1: it runs the library as
+    often as its fixed batch asks for and pads the last run. Returns the library's output, float32 (n, …); a tuple of
+    them where the network has several.
     """
 
     def __init__(
         self, path: Path, input_shape: tuple[int, int, int, int], *, manifest: Mapping[str, Any] | None = None
     ) -> None:
-        """``input_shape`` is the library's (N, C, H, W). Raises UserError if the library cannot be loaded or run."""
+        """``input_shape`` is the library's (N, C, H, W). Raises UserError if the library cannot be loaded or run.
+
+        The manifest's ``inputs`` are those of several of the network, which the library takes as one.
+        """
         self.path = path
         self.input_shape = input_shape
         self.manifest = dict(manifest or {})
         self._main = _open_library(path)
 
-    def __call__(self, x: np.ndarray) -> Any:
+    def __call__(self, x: np.ndarray | Sequence[np.ndarray]) -> Any:
         """Raises UserError if ``x`` has another type or shape."""
         batch, *image = self.input_shape
+        if isinstance(x, tuple | list):
+            x = self._joined(x)
         wanted = f"a float32 numpy array of shape (n, {', '.join(map(str, image))})"
         if not isinstance(x, np.ndarray):
             raise UserError(f"{self.path.name} takes {wanted}, not {type(x).__name__}; convert it first")
@@ -49,6 +55,16 @@ class CompiledModel:
             padded = np.pad(part, ((0, missing), (0, 0), (0, 0), (0, 0))) if missing else part
             outputs.append(first(self._main(padded), len(part)))
         return concatenated(outputs)
+
+    def _joined(self, inputs: Sequence[np.ndarray]) -> Any:
+        """The network's inputs as what the library takes."""
+        shapes = [tuple(shape) for shape in self.manifest.get("inputs", ())]
+        found = [(x.dtype, x.shape[1:]) if isinstance(x, np.ndarray) else (None, ()) for x in inputs]
+        counts = {len(x) for x in inputs}
+        if found != [(np.dtype("float32"), shape) for shape in shapes] or len(counts) != 1:
+            wanted = Tensors(tuple(shapes)) if shapes else "one array"
+            raise UserError(f"{self.path.name} takes {wanted} in float32, of as many images each; convert them first")
+        return Tensors(tuple(shapes)).images(inputs)
 
 
 def load(directory: str | Path, *, which: Which = "model", threads: int | None = None) -> CompiledModel:

@@ -5,6 +5,8 @@ became of every site; ``model.pt2`` and ``model.onnx`` are the compressed networ
 ``manifest.json`` (schema 1, written last) describes the rest (``accuracy`` and ``data`` are null if there was no data):
 
     schema, versions, model, target, budget (points), input_shape ([N, C, H, W] of the libraries),
+    inputs, outputs (of networks with several: the shape of each, without the batch; the libraries take the inputs as
+        one, [N, numbers, 1, 1]),
     data: {source, mean, std, evaluation_sha256},
     accuracy (percent): {metric, n, dense, compressed, drop, ci95: [low, high], looks, on_device (of n),
                          float32 (where dense.so is in other formats): {dense, drop, ci95} from the network as given},

@@ -1,8 +1,8 @@
 """The compressed network for other tools: ``model.pt2`` (torch.export) and ``model.onnx``, with any batch size.
 
 Both are what `TorchBridge` computes, which the compiled library was found to agree with, but all in float32: the
-weights are those after recovery, the input is ``x`` (float32 NCHW), the output ``output``; several outputs are
-``output_1``, ``output_2`` …
+weights are those after recovery, the input is ``x`` (float32 NCHW), the output ``output``; of several, ``x_1``,
+``x_2`` … and ``output_1``, ``output_2`` …
 """
 
 from __future__ import annotations
@@ -22,22 +22,25 @@ from tvm_lowrank.data.reference import summary
 from tvm_lowrank.files import replaced
 from tvm_lowrank.formats import FLOAT32
 from tvm_lowrank.precision import formats_of, with_formats
+from tvm_lowrank.tensors import Tensors
 
 PT2, ONNX = PORTABLE
 
 
 class _Network(nn.Module):
-    """A bridge that returns its outputs apart."""
+    """A bridge that takes its inputs and returns its outputs apart."""
 
     def __init__(self, bridge: TorchBridge) -> None:
         super().__init__()
         self.bridge = bridge
-        count = len(bridge.outputs.shapes)
-        self.names = ["output"] if count == 1 else [f"output_{number}" for number in range(1, count + 1)]
 
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
-        result: Tensor | tuple[Tensor, ...] = self.bridge.outputs.given(self.bridge(x))
+    def forward(self, *x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        result: Tensor | tuple[Tensor, ...] = self.bridge.outputs.given(self.bridge(self.bridge.inputs.images(x)))
         return result
+
+
+def _names(tensors: Tensors, name: str) -> list[str]:
+    return [name] if tensors.single else [f"{name}_{number}" for number in range(1, len(tensors.shapes) + 1)]
 
 
 def write_portable(mod: IRModule, folder: Path) -> None:
@@ -52,20 +55,20 @@ def write_portable(mod: IRModule, folder: Path) -> None:
     """
     exact = with_formats(mod, dict.fromkeys(formats_of(mod["main"]), FLOAT32))
     bridge = TorchBridge(exact).eval().requires_grad_(False)
-    network = _Network(bridge)
-    channels, height, width = (int(d) for d in list(mod["main"].params[0].ty.shape)[1:])
+    inputs, outputs = _names(bridge.inputs, "x"), _names(bridge.outputs, "output")
     exporter = logging.getLogger("torch.onnx")
     level, unwritten = exporter.level, list(PORTABLE)
     try:
         exporter.setLevel(logging.ERROR)  # it tells which packages it could use are not there
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            x = torch.zeros(2, channels, height, width)  # 1 would be taken for a constant
-            program = torch.export.export(network, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+            x = [torch.zeros(2, *shape) for shape in bridge.inputs.shapes]  # 1 would be taken for a constant
+            dynamic = tuple({0: torch.export.Dim.DYNAMIC} for _ in x)
+            program = torch.export.export(_Network(bridge), tuple(x), dynamic_shapes=(dynamic,))
             with replaced(folder / PT2) as file:
                 torch.export.save(program, file)
             unwritten.remove(PT2)
-            exported = torch.onnx.export(program, input_names=["x"], output_names=network.names, verbose=False)
+            exported = torch.onnx.export(program, input_names=inputs, output_names=outputs, verbose=False)
             assert exported is not None  # without a file to write to
             with replaced(folder / ONNX) as file:
                 file.write(exported.model_proto.SerializeToString())

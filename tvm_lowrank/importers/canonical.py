@@ -8,6 +8,7 @@ front, a site's id as the name of the variable that its convolution is bound to.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from tvm_lowrank.errors import UserError
 from tvm_lowrank.graph import ADD, CONV2D
 from tvm_lowrank.importers.linear import as_convolutions
 from tvm_lowrank.importers.nodes import MULTIPLY, Node, assembled, check_constants, fold_scaling, live, named, op_name
+from tvm_lowrank.tensors import with_inputs
 
 _PAD = Op.get("relax.nn.pad")
 _RESHAPES = {"relax.reshape", "relax.broadcast_to"}
@@ -39,12 +41,16 @@ def canonicalise(
     Raises
     ------
     UserError
-        If the function has several inputs, types other than float32, weights that are not finite, neither a
+        If the function has types other than float32, weights that are not finite, neither a
         convolution nor a linear layer, or a batch size that cannot be made symbolic.
     """
     function = mod["main"]
-    parameter, batch = _parameter(function)
-    simplified = _Simplifier(parameter, function.params[0], batch)
+    batch = tirx.Var("batch", "int64")
+    shapes = [_image(old) for old in function.params]
+    several = len(shapes) > 1
+    extents = (sum(map(prod, shapes)), 1, 1) if several else shapes[0]
+    parameter = relax.Var("x", relax.TensorType([batch, *extents], "float32"))
+    simplified = _Simplifier(parameter, function.params, batch)
     for block in function.body.blocks:
         for binding in block.bindings:
             simplified.visit(binding)
@@ -59,35 +65,46 @@ def canonicalise(
         raise UserError(
             "the model has no 2-D convolution or linear layer with constant weights; there is nothing to compress"
         )
-    return assembled(parameter, nodes, results)
+    made = assembled(parameter, nodes, results)
+    return with_inputs(made, shapes) if several else made
 
 
-def _parameter(function: relax.Function) -> tuple[relax.Var, tirx.Var]:
-    if len(function.params) != 1:
-        names = ", ".join(p.name for p in function.params)
-        raise UserError(f"the model has {len(function.params)} inputs ({names}); only one image input is supported")
-    old = function.params[0]
+def _image(old: relax.Var) -> tuple[int, ...]:
+    """The shape of an input, without the batch."""
     if str(old.ty.dtype) != "float32":
         raise UserError(f"input {old.name!r} is {old.ty.dtype}, not float32; export the model in float32")
     dims = list(old.ty.shape or ())
     if not dims or not all(isinstance(d, tirx.IntImm) for d in dims[1:]):
         raise UserError(f"input {old.name!r} has shape {old.ty.shape}; give the input shape, such as 1,3,224,224")
-    batch = tirx.Var("batch", "int64")
-    return relax.Var("x", relax.TensorType([batch, *dims[1:]], "float32")), batch
+    return tuple(int(d) for d in dims[1:])
 
 
 class _Simplifier:
     """Walks the bindings of the frontend's function and collects operator calls on variables of its own."""
 
-    def __init__(self, parameter: relax.Var, old: relax.Var, batch: tirx.Var) -> None:
+    def __init__(self, parameter: relax.Var, olds: Sequence[relax.Var], batch: tirx.Var) -> None:
         self.nodes: list[Node] = []
         self.producers: dict[relax.Var, relax.Expr] = {}
-        self.values: dict[relax.Var, relax.Expr] = {old: parameter}
         self.builder = relax.BlockBuilder()
         self.batch = batch
-        old_batch = old.ty.shape[0]
-        self.fixed_batch = int(old_batch) if isinstance(old_batch, tirx.IntImm) else None
-        self.symbols = {} if self.fixed_batch is not None else {old_batch: batch}
+        batches = [old.ty.shape[0] for old in olds]
+        self.fixed_batch = next((int(own) for own in batches if isinstance(own, tirx.IntImm)), None)
+        self.symbols = {} if self.fixed_batch is not None else dict.fromkeys(batches, batch)
+        self.values: dict[relax.Var, relax.Expr] = (
+            {olds[0]: parameter} if len(olds) == 1 else self._apart(parameter, olds)
+        )
+
+    def _apart(self, parameter: relax.Var, olds: Sequence[relax.Var]) -> dict[relax.Var, relax.Expr]:
+        """The inputs, taken from the parameter that has them one after another."""
+        values: dict[relax.Var, relax.Expr] = {}
+        start = 0
+        for old in olds:
+            shape = _image(old)
+            end = start + prod(shape)
+            part = self._emit(relax.op.strided_slice(parameter, axes=[1], begin=[start], end=[end]))
+            values[old] = self._emit(relax.op.reshape(part, relax.ShapeExpr([self.batch, *shape])))
+            start = end
+        return values
 
     def visit(self, binding: relax.Binding) -> None:
         value = binding.value

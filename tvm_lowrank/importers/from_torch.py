@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,14 +29,15 @@ from tvm_lowrank.importers.canonical import canonicalise, condense
 from tvm_lowrank.importers.linear import weight_digest
 
 T = TypeVar("T")
+Shapes = tuple[tuple[int, ...], ...]  # of the inputs, (N, …)
 
 # torch.export fixes dimensions of size 1 at that size, so the batch of the example must not be 1
 _EXAMPLE_BATCH = 2
 _TOLERANCE = 1e-3
 
 
-def from_module(model: nn.Module, input_shape: tuple[int, ...]) -> IRModule:
-    """The canonical Relax module of a torch module for inputs of (N, C, H, W).
+def from_module(model: nn.Module, shapes: Shapes) -> IRModule:
+    """The canonical Relax module of a torch module for inputs of these shapes, (N, C, H, W) if it is one.
 
     The module is used in evaluation mode and put back into the mode that it was in.
 
@@ -53,13 +54,13 @@ def from_module(model: nn.Module, input_shape: tuple[int, ...]) -> IRModule:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        return _imported(_exported(model, _random(input_shape)), input_shape)
+        return _imported(_exported(model, [_random(shape) for shape in shapes]), shapes)
     finally:
         for module, training in modes.items():
             module.training = training
 
 
-def from_pt2(path: Path, input_shape: tuple[int, ...] | None) -> IRModule:
+def from_pt2(path: Path, shapes: Shapes | None) -> IRModule:
     """The canonical Relax module of a file that `torch.export.save` wrote.
 
     Raises
@@ -71,31 +72,32 @@ def from_pt2(path: Path, input_shape: tuple[int, ...] | None) -> IRModule:
         lambda: torch.export.load(path),
         lambda error: f"cannot load {path}: {condense(error)}; write it with torch.export.save",
     )
-    return _imported(program, input_shape)
+    return _imported(program, shapes)
 
 
-def _exported(model: nn.Module, x: Tensor) -> ExportedProgram:
-    shape = "x".join(map(str, x.shape))
+def _exported(model: nn.Module, inputs: Sequence[Tensor]) -> ExportedProgram:
+    shape = " and ".join("x".join(map(str, x.shape)) for x in inputs)
     with torch.no_grad():
         output = quietly(
-            lambda: model(x),
+            lambda: model(*inputs),
             lambda e: f"the model does not take input of shape {shape}: {condense(e)}; check the input shape",
         )
         _tensors(output)
         try:
             batch = torch.export.Dim("batch")
             with quiet():
-                return torch.export.export(model, (x,), dynamic_shapes=({0: batch},), strict=False)
+                dynamic = tuple({0: batch} for _ in inputs)
+                return torch.export.export(model, tuple(inputs), dynamic_shapes=dynamic, strict=False)
         except Exception:
             # the model's code fixes the batch; `canonicalise` frees it again where that is possible
             return quietly(
-                lambda: torch.export.export(model, (x,), strict=False),
+                lambda: torch.export.export(model, tuple(inputs), strict=False),
                 lambda e: f"torch.export cannot export the model: {condense(e)}; see torch.export's documentation",
             )
 
 
-def _imported(program: ExportedProgram, input_shape: tuple[int, ...] | None) -> IRModule:
-    _check_inputs(program, input_shape)
+def _imported(program: ExportedProgram, shapes: Shapes | None) -> IRModule:
+    _check_inputs(program, shapes)
 
     def decompose_and_import() -> tuple[ExportedProgram, IRModule]:
         # without decompositions TVM's frontend reads batch_norm's arguments wrongly (eps from momentum's place)
@@ -125,28 +127,38 @@ def _decompositions() -> Any:
     return table
 
 
-def _check_inputs(program: ExportedProgram, input_shape: tuple[int, ...] | None) -> None:
+def _check_inputs(program: ExportedProgram, shapes: Shapes | None) -> None:
+    values = _inputs(program)
+    for name, value in values.items():
+        if value.dtype != torch.float32:
+            raise UserError(f"input {name!r} is {_names({value.dtype})}, not float32; export the model in float32")
+    if shapes is not None and len(shapes) != len(values):
+        names = ", ".join(values)
+        raise UserError(f"the model has {len(values)} inputs ({names}), not {len(shapes)}; give the shape of each")
+    for value, given in zip(values.values(), shapes or (), strict=False):
+        if [str(d) for d in value.shape[1:]] != [str(d) for d in given[1:]]:
+            own, has = ("x".join(map(str, shape[1:])) for shape in (given, value.shape))
+            raise UserError(f"the program was exported for images of {has}, not {own}; leave the input shape out")
+
+
+def _inputs(program: ExportedProgram) -> dict[str, Tensor]:
+    """The inputs by name, as tensors that have their types and shapes."""
     users = [s.arg.name for s in program.graph_signature.input_specs if s.kind is InputKind.USER_INPUT]
-    if len(users) != 1:
-        raise UserError(f"the model has {len(users)} inputs ({', '.join(users)}); only one image input is supported")
-    value = next(n.meta["val"] for n in program.graph.nodes if n.op == "placeholder" and n.name == users[0])
-    if value.dtype != torch.float32:
-        raise UserError(f"input {users[0]!r} is {_names({value.dtype})}, not float32; export the model in float32")
-    if input_shape is not None and [str(d) for d in value.shape[1:]] != [str(d) for d in input_shape[1:]]:
-        given, has = "x".join(map(str, input_shape[1:])), "x".join(map(str, value.shape[1:]))
-        raise UserError(f"the program was exported for images of {has}, not {given}; leave the input shape out")
+    values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+    return {name: values[name] for name in users}
 
 
 def _check_same(program: ExportedProgram, mod: IRModule) -> None:
     """Compare the import with the program on one random batch: a wrong translation must not go unnoticed."""
-    users = [s.arg.name for s in program.graph_signature.input_specs if s.kind is InputKind.USER_INPUT]
-    value = next(n.meta["val"] for n in program.graph.nodes if n.op == "placeholder" and n.name == users[0])
-    batch = value.shape[0] if isinstance(value.shape[0], int) else _EXAMPLE_BATCH
-    x = torch.randn((batch, *value.shape[1:]), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    inputs = []
+    for value in _inputs(program).values():
+        batch = value.shape[0] if isinstance(value.shape[0], int) else _EXAMPLE_BATCH
+        inputs.append(torch.randn((batch, *value.shape[1:]), generator=generator))
     with quiet(), torch.no_grad():
-        expected = _tensors(program.module(check_guards=False)(x))
+        expected = _tensors(program.module(check_guards=False)(*inputs))
         bridge = TorchBridge(mod)
-        got = bridge.outputs.parted(bridge(x))
+        got = bridge.outputs.parted(bridge(bridge.inputs.images(inputs)))
     for wanted, own in zip(expected, got, strict=True):
         if wanted.shape != own.shape:
             raise UserError(

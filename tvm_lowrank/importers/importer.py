@@ -15,34 +15,34 @@ from tvm.ir import IRModule
 
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.importers.canonical import condense
-from tvm_lowrank.quantities import checked_shape
+from tvm_lowrank.quantities import Shape, checked_shapes
 
 _REMEDY = "use pkg.module:factory, file.py:factory, model.pt2 or model.onnx"
 
 
-def import_model(source: str | Path | nn.Module, *, input_shape: tuple[int, ...] | None = None) -> IRModule:
+def import_model(source: str | Path | nn.Module, *, input_shape: Shape | tuple[Shape, ...] | None = None) -> IRModule:
     """The canonical Relax module of a model: one function ``main(x)``, see `tvm_lowrank.graph`.
 
     Parameters
     ----------
     source : ``pkg.module:factory`` or ``file.py:factory`` (called without arguments, returns a torch module),
         ``model.pt2`` (torch.export), ``model.onnx``, or a torch module.
-    input_shape : (N, C, H, W); needed for torch modules. N is symbolic in the result, whatever is given here.
+    input_shape : (N, C, H, W), or a tuple of the shapes (N, …) of several inputs; needed for torch modules. N is
+        symbolic in the result, whatever is given here. Several inputs become one (`tvm_lowrank.tensors`).
 
     Raises
     ------
     UserError
         If the source cannot be found or loaded, does not take this input, has an operator that cannot be imported,
-        has several outputs, is not float32, has weights that are not finite, or has no convolution.
+        is not float32, has weights that are not finite, or has no convolution.
     """
-    if input_shape is not None:
-        input_shape = checked_shape(input_shape)
+    shapes = None if input_shape is None else checked_shapes(input_shape)
     if isinstance(source, nn.Module):
-        return _import_module(source, type(source).__name__, input_shape)
+        return _import_module(source, type(source).__name__, shapes)
     text = str(source)
     path, colon, factory = text.rpartition(":")
     if colon and factory.isidentifier():
-        return _import_module(_made(path, factory), text, input_shape)
+        return _import_module(_made(path, factory), text, shapes)
     if Path(text).suffix not in (".pt2", ".onnx"):
         hint = "the name of the factory is missing" if Path(text).suffix == ".py" else "it is none of the known kinds"
         raise UserError(f"cannot import {text!r}: {hint}; {_REMEDY}")
@@ -51,18 +51,18 @@ def import_model(source: str | Path | nn.Module, *, input_shape: tuple[int, ...]
     if Path(text).suffix == ".pt2":
         from tvm_lowrank.importers.from_torch import from_pt2
 
-        return from_pt2(Path(text), input_shape)
+        return from_pt2(Path(text), shapes)
     from tvm_lowrank.importers.from_onnx import from_onnx_file
 
-    return from_onnx_file(Path(text), input_shape)
+    return from_onnx_file(Path(text), None if shapes is None else shapes[0])
 
 
-def _import_module(model: nn.Module, name: str, input_shape: tuple[int, ...] | None) -> IRModule:
+def _import_module(model: nn.Module, name: str, shapes: tuple[Shape, ...] | None) -> IRModule:
     from tvm_lowrank.importers.from_torch import from_module
 
-    if input_shape is None:
+    if shapes is None:
         raise UserError(f"{name} needs an input shape; give N,C,H,W such as 1,3,224,224")
-    return from_module(model, input_shape)
+    return from_module(model, shapes)
 
 
 def _made(path: str, factory: str) -> nn.Module:

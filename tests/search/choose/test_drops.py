@@ -81,6 +81,25 @@ def test_the_better_a_network_was_counted_the_more_its_count_tells() -> None:
         assert rate.expected(Counted(damage, 3.0, error)) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("rate_of_metric", [0.3, 40.0, 12_000.0])
+def test_a_metric_of_another_kind_costs_other_units(rate_of_metric: float) -> None:
+    """A signal-to-noise ratio in dB, or points of what is counted in thousands of units a nat."""
+    rate, damage = Rate(), 1e-3
+    drop = rate_of_metric * damage**POWER
+    rate.learn("a", Counted(damage, drop, 0.05 * drop))
+    assert rate.expected(Counted(damage, drop, 0.05 * drop)) == pytest.approx(drop, rel=0.5 if drop < 0.01 else 0.1)
+
+
+def test_where_damages_do_not_tell_counts_do() -> None:
+    """Networks of one damage lose 1 and 3 points, which luck does not explain: then each loses what it was counted."""
+    rate = Rate()
+    counts = [Counted(0.02, points, 0.1) for points in (1.0, 3.0, 1.2, 2.8)]
+    for number, own in enumerate(counts):
+        rate.learn(str(number), own)
+    for own in counts:
+        assert rate.expected(own) == pytest.approx(own.drop, abs=0.2)
+
+
 def test_limits() -> None:
     known = {0.01: 0.008, 0.04: 0.05}
     assert limit_for(0.008, known, least=1e-6, most=10.0) == pytest.approx(0.01, rel=1e-6)

@@ -1,7 +1,8 @@
-"""The outputs of a network: one tensor, or several that are joined to one array where only the numbers matter."""
+"""The inputs and outputs of a network: one tensor each, or several that are joined to one array."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -12,23 +13,34 @@ import numpy as np
 import torch
 from torch import Tensor
 from tvm import relax
-from tvm.ir import Tuple
+from tvm.ir import IRModule, Tuple
+
+Shape = tuple[int, ...]
+INPUTS = "inputs"  # the attribute of a canonical function that has the shapes of several inputs
 
 
 @dataclass(frozen=True)
-class Outputs:
-    """The shapes of a network's outputs, each without its first dimension, the batch.
+class Tensors:
+    """The shapes of a network's outputs, or inputs, each without its first dimension, the batch.
 
-    One output is used as it is. Several are one array (n, numbers of an image) within the tool, and in the C library:
-    of each image the outputs one after another, flattened.
+    One is used as it is. Several are one array (n, numbers of an image) within the tool, and in the C library: of each
+    image the tensors one after another, flattened. A canonical function takes several inputs as (n, numbers, 1, 1).
     """
 
-    shapes: tuple[tuple[int, ...], ...]
+    shapes: tuple[Shape, ...]
 
     @classmethod
-    def of(cls, function: relax.Function) -> Outputs:
-        """Those of a canonical function."""
+    def of(cls, function: relax.Function) -> Tensors:
+        """The outputs of a canonical function."""
         return cls(tuple(tuple(int(extent) for extent in list(value.ty.shape)[1:]) for value in values(function)))
+
+    @classmethod
+    def taken(cls, function: relax.Function) -> Tensors:
+        """The inputs of the network that a canonical function was made from."""
+        said = (function.attrs or {}).get(INPUTS)
+        if said is None:
+            return cls((tuple(int(extent) for extent in list(function.params[0].ty.shape)[1:]),))
+        return cls(tuple(map(tuple, json.loads(str(said)))))
 
     def __str__(self) -> str:
         return ", ".join(f"({', '.join(['n', *map(str, shape)])})" for shape in self.shapes)
@@ -39,25 +51,30 @@ class Outputs:
 
     @property
     def ends(self) -> list[int]:
-        """Where each output ends among the numbers of an image."""
+        """Where each tensor ends among the numbers of an image."""
         return list(accumulate(prod(shape) for shape in self.shapes))
 
-    def joined(self, outputs: Any) -> Any:
-        """Outputs, a tensor or array or several, as one."""
+    def joined(self, tensors: Any) -> Any:
+        """A tensor or array, or several, as one."""
         if self.single:
-            return outputs[0] if isinstance(outputs, tuple | list) else outputs
-        parts = [output.reshape(output.shape[0], -1) for output in outputs]
+            return tensors[0] if isinstance(tensors, tuple | list) else tensors
+        parts = [tensor.reshape(tensor.shape[0], -1) for tensor in tensors]
         return torch.cat(parts, dim=1) if isinstance(parts[0], Tensor) else np.concatenate(parts, axis=1)
 
+    def images(self, tensors: Any) -> Any:
+        """Inputs, a tensor or array or several, as what a canonical function takes."""
+        joined = self.joined(tensors)
+        return joined if self.single else joined[:, :, None, None]
+
     def parted(self, joined: Any) -> tuple[Any, ...]:
-        """The outputs of which one tensor or array was made by `joined`."""
+        """What one tensor or array was made of by `joined`."""
         if self.single:
             return (joined,)
         bounds = zip([0, *self.ends], self.ends, self.shapes, strict=False)
         return tuple(joined[:, start:end].reshape(joined.shape[0], *shape) for start, end, shape in bounds)
 
     def given(self, joined: Any) -> Any:
-        """What a user gets: an array, or a tuple of arrays where there are several outputs."""
+        """What a user gets: an array, or a tuple of arrays where there are several."""
         parts = self.parted(joined)
         return parts[0] if self.single else parts
 
@@ -65,6 +82,13 @@ class Outputs:
         """The largest difference of joined outputs, relative to the largest number of the output that it is in."""
         pairs = zip(self.parted(got), self.parted(wanted), strict=True)
         return max(float(np.max(np.abs(a - b)) / max(np.max(np.abs(b)), 1e-30)) for a, b in pairs)
+
+
+def with_inputs(mod: IRModule, shapes: Sequence[Shape], *, name: str = "main") -> IRModule:
+    """A copy of the module that says of which inputs that of its function is made."""
+    functions = dict(mod.functions.items())
+    functions[mod.get_global_var(name)] = mod[name].with_attr(INPUTS, json.dumps(shapes))
+    return IRModule(functions, attrs=mod.attrs)
 
 
 def concatenated(parts: Sequence[Any]) -> Any:

@@ -1,4 +1,4 @@
-"""A network with several outputs: its libraries, from Python, C and on a device, and its files for other tools."""
+"""Networks with several outputs or inputs: libraries, from Python, C and on a device, and files for other tools."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import tvm_lowrank
 from support.models import randomised
 from tvm_lowrank.bundle.package import package
+from tvm_lowrank.errors import UserError
 from tvm_lowrank.options import CompileOptions
 from tvm_lowrank.searching.commands.apply import apply_plan
 from tvm_lowrank.targets.profile import load_profile
@@ -148,3 +149,55 @@ def test_on_an_emulated_device(tmp_path: Path) -> None:
 def test_half_precision(tmp_path: Path) -> None:
     """An output that a convolution reads in half precision is rounded, as `apply_plan` is told by PyTorch."""
     agree(tvm_lowrank.load(made(tmp_path, HALF[0]))(images()), tolerance=0.05)
+
+
+class Guided(nn.Module):
+    """A picture and a vector, which chooses among the picture's features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.front = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU())
+        self.body = nn.Conv2d(32, 32, 3, padding=1)
+        self.guide, self.head = nn.Linear(10, 32), nn.Linear(32, 5)
+
+    def forward(self, picture: Tensor, vector: Tensor) -> Tensor:
+        y = self.body(self.front(picture)) * self.guide(vector)[:, :, None, None]
+        return self.head(y.relu().mean((2, 3)))
+
+
+def guided() -> nn.Module:
+    return randomised(Guided()).eval()
+
+
+def test_several_inputs(tmp_path: Path) -> None:
+    """They are one for the library, one after another; Python, PyTorch and ONNX take them apart."""
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((5, 10)).astype("float32")
+    both = (images(), vectors)
+    with torch.no_grad():
+        wanted = guided()(*map(torch.from_numpy, both)).numpy()
+    manifest = tvm_lowrank.search(
+        model=guided(),
+        input_shape=((1, 3, SIZE, SIZE), (1, 10)),
+        methods=("channel", "spatial"),
+        budget=0.01,
+        precision="float32",
+        batch=BATCH,
+        trials=1,
+        out=tmp_path / "bundle",
+        cache=tmp_path / "cache",
+    )
+    assert manifest["inputs"] == [[3, SIZE, SIZE], [10]]
+    assert manifest["input_shape"] == [BATCH, 3 * SIZE**2 + 10, 1, 1]
+    dense = tvm_lowrank.load(tmp_path / "bundle", which="dense")
+    np.testing.assert_allclose(dense(both), wanted, atol=1e-4 * np.abs(wanted).max())
+    compressed = tvm_lowrank.load(tmp_path / "bundle")(both)
+    with torch.no_grad():
+        found = torch.export.load(tmp_path / "bundle" / "model.pt2").module()(*map(torch.from_numpy, both)).numpy()
+    np.testing.assert_allclose(found, compressed, atol=1e-4 * np.abs(compressed).max())
+    session = onnxruntime.InferenceSession(tmp_path / "bundle" / "model.onnx")
+    [found] = session.run(None, {"x_1": both[0], "x_2": both[1]})
+    np.testing.assert_allclose(found, compressed, atol=1e-4 * np.abs(compressed).max())
+    for wrong in ((images(),), (vectors, images()), (images(), vectors[:3])):
+        with pytest.raises(UserError, match=r"takes \(n, 3, 12, 12\), \(n, 10\) in float32"):
+            dense(wrong)
