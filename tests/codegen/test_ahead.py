@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import product
-from math import prod
-from typing import Any
 
 import numpy as np
 import pytest
 import tvm
-from tvm import relax, tirx
+from tvm import relax
 from tvm.s_tir.transform import RemoveWeightLayoutRewriteBlock
 
-from tvm_lowrank.codegen import ahead
+from support.asked import marked
 from tvm_lowrank.codegen.ahead import LINE
-from tvm_lowrank.codegen.blocks import call, unravelled
 from tvm_lowrank.codegen.lower import kernels, lower
 from tvm_lowrank.codegen.schedule import Tiling, apply
 from tvm_lowrank.targets.profile import load_profile
@@ -34,37 +30,6 @@ def convolution(inner: int, out: int, size: int, kernel: int) -> tvm.ir.IRModule
     return next(found.func for found in kernels(lowered) if found.is_conv)
 
 
-@pytest.fixture
-def marked(monkeypatch: pytest.MonkeyPatch) -> Callable[[tvm.ir.IRModule, Tiling, int], tuple[np.ndarray, int]]:
-    """The bytes of the packed weights, and of as many behind them, of which the lines that are asked for are 1.
-
-    The kernel is run with functions that write in the place of the instructions; the second number is how many bytes
-    the weights have.
-    """
-
-    def ask(buffer: Any, number: Any) -> tirx.Stmt:
-        address = tirx.address_of(buffer[unravelled(number, buffer)])
-        return call("memset", address, tirx.const(1, "int32"), tirx.const(1, "int64"))
-
-    def run(func: tvm.ir.IRModule, tiling: Tiling, threads: int) -> tuple[np.ndarray, int]:
-        target = load_profile("x86").tvm_target()
-        with monkeypatch.context() as patched:
-            patched.setattr(ahead, "_ask", ask)
-            made = RemoveWeightLayoutRewriteBlock(skip_tensor_rewrite=True)(
-                apply(func, tiling, target=target, threads=threads)
-            )
-        shapes = [[int(extent) for extent in parameter.shape] for parameter in made["main"].params]
-        size = 4 * prod(shapes[1])
-        memory = np.zeros(2 * size + 64, np.uint8)
-        memory = memory[-memory.ctypes.data % 64 :][: 2 * size]  # as the code takes for granted
-        weights = memory[:size].view("float32").reshape(shapes[1])
-        x, result = (tvm.runtime.tensor(np.zeros(shapes[i], "float32")) for i in (0, 2))
-        tvm.tirx.build(made, target=target)["main"](x, tvm.runtime.from_dlpack(weights), result)
-        return memory, size
-
-    return run
-
-
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
     ("tile", "kernel"),
@@ -74,7 +39,7 @@ def marked(monkeypatch: pytest.MonkeyPatch) -> Callable[[tvm.ir.IRModule, Tiling
         ((1, 4, 8, 16), 1),  # two lines a step
     ],
 )
-def test_the_next_tile_is_asked_for_line_by_line(marked: Any, tile: tuple[int, ...], kernel: int, threads: int) -> None:
+def test_the_next_tile_is_asked_for_line_by_line(tile: tuple[int, ...], kernel: int, threads: int) -> None:
     inner, out = 64, 48
     memory, size = marked(convolution(inner, out, 8, kernel), Tiling(tile, 8), threads)
     of_tile = size * tile[-1] // out
@@ -89,7 +54,7 @@ def test_the_next_tile_is_asked_for_line_by_line(marked: Any, tile: tuple[int, .
 @pytest.mark.parametrize(
     "tiling", [Tiling((1, 8, 8, 16), 8), Tiling((1, 1, 4, 48), 8), Tiling((1, 1, 4, 16), 8, False)]
 )
-def test_what_is_read_once_is_not_asked_for(marked: Any, tiling: Tiling) -> None:
+def test_what_is_read_once_is_not_asked_for(tiling: Tiling) -> None:
     """One tile of positions or channels, or channels that are run over for each position."""
     memory, _ = marked(convolution(64, 48, 8, 1), tiling, 1)
     assert not memory.any()

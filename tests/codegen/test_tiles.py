@@ -16,6 +16,7 @@ from torch import nn
 from tvm import relax
 from tvm.s_tir.transform import RemoveWeightLayoutRewriteBlock
 
+from support.asked import marked
 from tvm_lowrank.bridge.calibrate import predict
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.codegen import lower as lowering
@@ -134,6 +135,24 @@ def test_what_is_computed(
         np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-4, err_msg=str(tiling))
 
 
+@pytest.mark.parametrize(("size", "threads"), [(14, 1), (28, 2)])
+def test_weights_are_fetched_ahead(emulated: ctypes.CDLL, size: int, threads: int) -> None:
+    """Each line of the next tile of channels, be there more or fewer positions than lines a step."""
+    builder, x = relax.BlockBuilder(), relax.Var("x", relax.TensorType((1, 64, size, size), "float32"))
+    weights = relax.const(np.zeros((64, 64, 3, 3), "float32"))
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            made = builder.emit_output(builder.emit(relax.op.nn.conv2d(x, weights, padding=1), name_hint="conv"))
+        builder.emit_func_output(made)
+    low = lowering.lower(with_formats(builder.get(), {"conv": "bfloat16"}), batch=1, target=TARGET)
+    kernel, space = kernel_of(low)
+    tilings = register_tiles(space, lanes=PROFILE.lanes, registers=PROFILE.registers)
+    tiling = next(own for own in tilings if own.channels_first and not own.stripe and own.tile[-1] == 32)
+    memory, whole = marked(kernel.func, tiling, threads)
+    lines = np.flatnonzero(memory)
+    assert set(range(whole // 2, whole, 64)) <= set(lines) and lines[0] == whole // 2 and not np.any(lines % 64)
+
+
 def test_peaks_are_measured_with_tiles(emulated: ctypes.CDLL) -> None:
     for job in _products(32, PROFILE, "bfloat16"):
         assert job.tiling is not None and job.tiling.unit == AMX
@@ -163,7 +182,8 @@ def test_more_accumulators_than_registers_are_refused(emulated: ctypes.CDLL) -> 
 @pytest.mark.parametrize("threads", [1, 4])
 def test_the_instructions_are_in_the_code(threads: int) -> None:
     target = tvm.target.Target(SAPPHIRE)
-    mod = import_model(Network(64, 64, 3, padding=1).eval(), input_shape=(1, 3, 28, 28))
+    # few enough positions for all of them to fetch weights ahead
+    mod = import_model(Network(64, 64, 3, padding=1).eval(), input_shape=(1, 3, 14, 14))
     name = next(site.id for site in find_sites(mod) if "second" in site.id)
     low = lowering.lower(with_formats(mod, {name: "bfloat16"}), batch=1, target=target)
     kernel, space = kernel_of(low)
@@ -174,6 +194,7 @@ def test_the_instructions_are_in_the_code(threads: int) -> None:
     code = tvm.compile(scheduled, target).mod.inspect_source("asm")
     for instruction in ("ldtilecfg", "tileloadd", "tdpbf16ps", "tilestored", "tilezero", "tilerelease"):
         assert instruction in code
+    assert best.channels_first and "prefetch" in code
     # all is inlined, two by two accumulators stay in registers, and the shape of these is said once
     assert "call" not in [line.split()[0] for line in code.splitlines() if "tvm_lowrank_amx" in line and line.split()]
     counts = {what: code.count(f"\t{what}") for what in ("tdpbf16ps", "tileloadd", "tilestored", "ldtilecfg")}

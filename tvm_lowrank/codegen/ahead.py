@@ -7,7 +7,7 @@ do not need it. So each step of the reduction asks for a part of what the next t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -46,21 +46,44 @@ def fetch(sch: Schedule, walk: Walk) -> None:
     channels, steps = _extent(sch, walk.tiles) // walk.positions, _extent(sch, walk.reduction)
     if packed is None or channels == 1 or walk.positions == 1:
         return
-    in_line = LINE // np.dtype(str(packed.ty.dtype)).itemsize
     of_tile = prod(map(int, packed.shape)) // channels
-    lines = -(-of_tile // in_line)
-    each = -(-lines // (walk.positions * steps))  # lines a step
-    number, step = _number(sch, walk.tiles), _number(sch, walk.reduction)
+    number, step = number_of(map(sch.get, walk.tiles)), number_of(map(sch.get, walk.reduction))
     tile, position = tirx.floordiv(number, walk.positions), tirx.floormod(number, walk.positions)
-    first = (tile + 1) * of_tile + (position * steps + step) * (each * in_line)
-    asked: tirx.Stmt = tirx.stmt_seq(*(_ask(packed, first + line * in_line) for line in range(each)))
-    needed = -(-lines // (each * steps))  # tiles of positions that have something to ask for
-    if needed < walk.positions:
-        asked = tirx.IfThenElse(position < needed, asked, None)
+    share = Share(position, walk.positions, step, steps)
+    asked = ask(packed, (tile + 1) * of_tile, of_tile, share)
     stmt = sch.get(walk.reduction[-1])
     body = tirx.SeqStmt([asked, stmt.body])
     made = tirx.For(stmt.loop_var, stmt.min, stmt.extent, stmt.kind, body, annotations=stmt.annotations)
     sch.state.replace(sch.get_sref(walk.reduction[-1]), made)
+
+
+@dataclass(frozen=True)
+class Share:
+    """A step of a tile of positions, which asks for its share: their numbers, and how many there are."""
+
+    position: Any
+    positions: int
+    step: Any
+    steps: int
+
+
+def ask(packed: Any, first: Any, count: int, share: Share) -> tirx.Stmt:
+    """Ask for a step's share of so many elements of the packed weights, from the ``first`` on."""
+    in_line = LINE // np.dtype(str(packed.ty.dtype)).itemsize
+    lines = -(-count // in_line)
+    each = -(-lines // (share.positions * share.steps))  # lines a step
+    own = first + (share.position * share.steps + share.step) * (each * in_line)
+    asked: tirx.Stmt = tirx.stmt_seq(*(_ask(packed, own + line * in_line) for line in range(each)))
+    needed = -(-lines // (each * share.steps))  # tiles of positions that have something to ask for
+    return asked if needed == share.positions else tirx.IfThenElse(share.position < needed, asked, None)
+
+
+def number_of(loops: Iterable[Any]) -> Any:
+    """The number of an iteration of nested loops."""
+    number: Any = 0
+    for loop in loops:
+        number = number * loop.extent + loop.loop_var
+    return number
 
 
 def _packed(sch: Schedule, weights: Any) -> Any:
@@ -72,14 +95,6 @@ def _packed(sch: Schedule, weights: Any) -> Any:
 
 def _extent(sch: Schedule, loops: Sequence[Any]) -> int:
     return prod(int(sch.get(loop).extent) for loop in loops)
-
-
-def _number(sch: Schedule, loops: Sequence[Any]) -> Any:
-    """The number of an iteration of nested loops."""
-    number: Any = 0
-    for loop in map(sch.get, loops):
-        number = number * loop.extent + loop.loop_var
-    return number
 
 
 def _ask(buffer: Any, number: Any) -> tirx.Stmt:

@@ -224,13 +224,17 @@ def apply_default(func: IRModule, *, target: tvm.target.Target, threads: int) ->
 
 @dataclass(frozen=True)
 class _Tiles:
-    """Where products of tiles are to take place: instead of ``loop``; ``parallel`` are the loops for the threads."""
+    """Where products of tiles are to take place: instead of ``loop``; ``parallel`` are the loops for the threads.
+
+    ``again`` says whether the weights of a tile of channels are read again and again before the next ones.
+    """
 
     loop: Any
     nest: tiles.Nest
     outermost: Any
     parallel: Sequence[Any]
     threads: int
+    again: bool
 
 
 def _rounding(sch: Schedule, tiling: Tiling, target: tvm.target.Target) -> units.Rounding | None:
@@ -320,7 +324,8 @@ def _tiled(
         sch.vectorize(lane)
     parallel = (leading or order) if threads > 1 and work >= PARALLEL_MACS else []
     if nest is not None:
-        return _Tiles(reduction[0], nest, sch.get_loops(anchor)[0], parallel, threads), None
+        again = tiling.channels_first and not leading
+        return _Tiles(reduction[0], nest, sch.get_loops(anchor)[0], parallel, threads, again), None
     walked, positions = [channel, *head], prod(int(sch.get(loop).extent) for loop in head)
     if parallel:
         fused = sch.fuse(*parallel) if len(parallel) > 1 else parallel[0]
@@ -400,7 +405,7 @@ def _products(sch: Schedule, place: _Tiles, unit: units.Unit, target: tvm.target
             chunks = next(d for d in range(least, count + 1) if count % d == 0)
             within, _ = sch.split(within, [chunks, None])
         sch.parallel(within)
-    tiles.place(sch, block, nest, unit)
+    tiles.place(sch, block, nest, unit, again=place.again)
     tiles.begin(sch, within, nest, unit)
     return tiles.functions(unit, target, rows=nest.rows, steps=nest.steps[1])
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ import tvm
 from tvm import tirx
 from tvm.s_tir import Schedule
 
+from tvm_lowrank.codegen.ahead import Share, ask
 from tvm_lowrank.codegen.blocks import call, put, unravelled
 from tvm_lowrank.codegen.units import Unit, inlined
 
@@ -27,6 +29,7 @@ ACCUMULATORS = 4
 LEFT, RIGHT = (4, 5), (6, 7)  # registers of the operands
 REGISTERS = 8
 ROW = 64  # bytes
+SPATIAL = 0  # tvm.tirx.IterVar.DataPar
 
 
 @dataclass(frozen=True)
@@ -103,8 +106,11 @@ def functions(unit: Unit, target: tvm.target.Target, *, rows: int, steps: int) -
     return "\n".join(lines) + "\n"
 
 
-def place(sch: Schedule, block: Any, nest: Nest, unit: Unit) -> None:
+def place(sch: Schedule, block: Any, nest: Nest, unit: Unit, *, again: bool) -> None:
     """Put products of tiles in the place of a block that holds a nest; it loses its initial values.
+
+    ``again`` says whether the kernel runs over all positions of a tile of channels before it turns to the next one, the
+    weights of which are then fetched ahead.
 
     Raises
     ------
@@ -113,11 +119,20 @@ def place(sch: Schedule, block: Any, nest: Nest, unit: Unit) -> None:
     """
     if len(nest.tiles) * nest.vectors > ACCUMULATORS:
         raise ValueError(f"{len(nest.tiles)}x{nest.vectors} accumulators, but {ACCUMULATORS} registers for them")
-    put(sch, block, "tiles", partial(_products, nest, unit))
+    *places, _ = [axis for axis in sch.get(block).iter_vars if int(axis.iter_type) == SPATIAL]
+    positions = prod(int(axis.dom.extent) for axis in places)
+    position: Any = 0
+    for axis in places:
+        position = position * axis.dom.extent + axis.var
+    share = (position, positions) if again and positions > 1 else None
+    put(sch, block, "tiles", partial(_products, nest, unit, share))
 
 
-def _products(nest: Nest, unit: Unit, left: Any, right: Any, sums: Any) -> tirx.Stmt:
-    """The products of all tiles, and their sums stored."""
+def _products(nest: Nest, unit: Unit, share: tuple[Any, int] | None, left: Any, right: Any, sums: Any) -> tirx.Stmt:
+    """The products of all tiles, and their sums stored.
+
+    ``share`` is the number of the tile of positions, and how many there are, if the next weights are fetched ahead.
+    """
     name, (count, steps) = unit.function, nest.steps
     loops = [tirx.Var(f"k{axis}", "int32") for axis in range(len(nest.kernel) + 1)]
     extents = (*nest.kernel, count)
@@ -155,6 +170,9 @@ def _products(nest: Nest, unit: Unit, left: Any, right: Any, sums: Any) -> tirx.
         # two registers hold all weights of a step, or they take turns
         work += [load_weights(vector)] if tile == 0 or nest.vectors > len(RIGHT) else []
         work.append(do(f"dot_{tile * nest.vectors + vector}_{LEFT[tile % 2]}_{RIGHT[vector % 2]}"))
+    if share is not None:
+        of_tile = prod(extents) * nest.vectors * packed
+        work.insert(0, ask(right, of_tile, of_tile, Share(*share, number, prod(extents))))
     body: tirx.Stmt = tirx.SeqStmt(work)
     for loop, extent in reversed(list(zip(loops, extents, strict=True))):
         body = tirx.For(loop, 0, extent, tirx.ForKind.SERIAL, body)
