@@ -23,13 +23,13 @@ from tvm_lowrank.bundle.library import library as library_of
 from tvm_lowrank.bundle.manifest import read_manifest
 from tvm_lowrank.codegen.link import export_library
 from tvm_lowrank.codegen.lower import build, kernels, lower
-from tvm_lowrank.data.reference import load_object, summary
 from tvm_lowrank.data.synthetic import dead_leaves
 from tvm_lowrank.formats import FLOAT32
 from tvm_lowrank.graph import Site, find_sites
 from tvm_lowrank.importers.importer import import_model
 from tvm_lowrank.plan import Plan
 from tvm_lowrank.precision import possible, with_formats
+from tvm_lowrank.reference import load_object, summary
 from tvm_lowrank.searching.candidates import candidates, site_macs
 from tvm_lowrank.searching.latency.oracle import LatencyOracle
 from tvm_lowrank.searching.latency.times import SiteTimes

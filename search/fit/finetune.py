@@ -31,10 +31,10 @@ from torch.nn import functional as F
 
 from tvm_lowrank import console
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
-from tvm_lowrank.data.reference import summary
 from tvm_lowrank.data.training_data import Batch, Batches
 from tvm_lowrank.errors import TimeUp, UserError
 from tvm_lowrank.files import replaced
+from tvm_lowrank.reference import summary
 from tvm_lowrank.searching.fit.muon import Muon
 from tvm_lowrank.searching.fit.torchrun import Workers
 from tvm_lowrank.searching.fit.training import Learner, assign, imitation, parameter_groups, ramp, values_of, watched

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,7 +112,7 @@ def test_what_is_said_counts() -> None:
     [
         (
             "classes",
-            "unknown --output 'classes'; give one of scores, multilabel, regression, embedding, scores:AXIS, or KIND@",
+            "unknown --output 'classes'; give one of scores, multilabel, regression, embedding, scores:AXIS, KIND@",
         ),
         ("multilabel:1", "unknown --output 'multilabel:1'"),
         ("scores:x", "unknown --output 'scores:x'"),
@@ -255,3 +256,66 @@ def test_parts_may_be_said() -> None:
     assert isinstance(every, Mixture) and [part.answers.kind for part in every.parts] == [REGRESSION, REGRESSION]
     again = with_answers(detector, every)  # type: ignore[arg-type]
     assert answers_of(again["main"]) == every
+
+
+OWN = """
+import torch
+
+def squares(dense, changed):
+    boxes, classes = dense
+    return ((boxes - changed[0]) ** 2).flatten(1).mean(1) / 0.6 + ((classes - changed[1]) ** 2).flatten(1).mean(1) / 2
+
+def far(dense, changed):
+    return torch.ones(len(dense[0]))
+
+def rough(dense, changed):
+    return (dense[0] - changed[0]).abs().flatten(1).sum(1)
+
+def short(dense, changed):
+    return ((dense[0] - changed[0]) ** 2).mean()
+
+def broken(dense, changed):
+    raise ValueError("no")
+
+def rigid(dense, changed):
+    return (dense[0] - changed[0]).detach().square().flatten(1).sum(1)
+"""
+
+
+def test_a_divergence_of_ones_own(tmp_path: Path) -> None:
+    """It is what the same kinds are: half of the squared errors in units of their variances."""
+    (tmp_path / "own.py").write_text(OWN)
+    mod = imported(9, "detector")
+    own = asked(f"{tmp_path / 'own.py'}:squares", mod["main"])  # type: ignore[index]
+    spreads = enumerate((0.15, 0.5))
+    known = Mixture(((4, 8, 8), (5, 8, 8)), tuple(Part(Answers(REGRESSION, spread=s), i) for i, s in spreads))
+    images = np.random.default_rng(0).normal(size=(200, 3, 8, 8)).astype("float32")
+    outputs = torch.from_numpy(predict(TorchBridge(mod), images))  # type: ignore[arg-type]
+    assert own.measured(outputs) == own
+    a, b = outputs.numpy(), outputs.numpy() + 0.1
+    assert divergence(own, a, b) == pytest.approx(divergence(known, a, b), rel=1e-5)
+    site = find_sites(mod)[0]  # type: ignore[arg-type]
+    traces = [
+        np.trace(collect_fisher(TorchBridge(with_answers(mod, answers)), [site], images)[site.id])  # type: ignore[arg-type]
+        for answers in (own, known)
+    ]
+    assert traces[0] == pytest.approx(traces[1], rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("far", "is not 0 for equal outputs"),
+        ("rough", "has no second derivative"),
+        ("short", r"returned \(\), not a tensor of nats of each image"),
+        ("broken", "failed: ValueError: no"),
+        ("rigid", "has no gradient; write it in PyTorch"),
+        ("absent", "has no 'absent'"),
+    ],
+)
+def test_what_is_no_divergence_is_an_error(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    mod = imported(9, "detector")
+    outputs = torch.randn(20, 9 * 64, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(UserError, match=message):
+        asked(f"{tmp_path / 'own.py'}:{name}", mod["main"]).measured(outputs)  # type: ignore[index]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tvm_lowrank.bridge.own import Own
 from tvm_lowrank.tensors import Tensors
 
 SCORES, MULTILABEL, REGRESSION, EMBEDDING = KINDS = ("scores", "multilabel", "regression", "embedding")
@@ -225,6 +226,8 @@ class Mixture:
 
 def from_json(entry: Mapping[str, Any]) -> Meaning:
     """The inverse of ``to_json``."""
+    if "reference" in entry:
+        return Own(entry["reference"], tuple(map(tuple, entry["shapes"])))
     if "parts" not in entry:
         return Answers(**entry)
     parts = [Part(**{**part, "answers": Answers(**part["answers"])}) for part in entry["parts"]]

@@ -22,8 +22,10 @@ from tvm_lowrank.bridge.answers import (
     Part,
     from_json,
 )
+from tvm_lowrank.bridge.own import Own
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.graph import bindings
+from tvm_lowrank.reference import absolute, is_reference
 from tvm_lowrank.tensors import Tensors, values
 
 ATTRIBUTE = "answers"
@@ -111,7 +113,8 @@ def _concatenated(known: Values, result: relax.Expr, shape: Shape) -> list[Part]
 def asked(text: str, function: relax.Function) -> Meaning:
     """What ``--output`` says that the outputs are.
 
-    One text for each output, separated by commas, or one for all. It is a kind, of scores with their axis as
+    One text for each output, separated by commas, or one for all; or ``file.py:function`` that tells how far outputs
+    are from others (`tvm_lowrank.bridge.own`). It is a kind, of scores with their axis as
     ``scores:2``; or several with the entries of an axis that they are, as ``regression@1:0-3+multilabel@1:4-83``.
 
     Raises
@@ -120,6 +123,8 @@ def asked(text: str, function: relax.Function) -> Meaning:
         If there is no such kind, or the outputs have no such axis or entries.
     """
     outputs = Tensors.of(function)
+    if is_reference(text) and text.partition(":")[0] not in KINDS:
+        return Own(absolute(text), outputs.shapes)
     texts = text.split(",")
     if len(texts) == 1:
         texts *= len(outputs.shapes)
@@ -146,8 +151,8 @@ def _asked_part(text: str, number: int, shape: Shape) -> Part:
     match = PART.fullmatch(text.strip())
     if match is None or match["kind"] not in KINDS or (match["classes"] and match["kind"] != SCORES):
         raise UserError(
-            f"unknown --output {text!r}; give one of {', '.join(KINDS)}, scores:AXIS, or KIND@AXIS:FIRST-LAST of some "
-            "entries, with + between several"
+            f"unknown --output {text!r}; give one of {', '.join(KINDS)}, scores:AXIS, KIND@AXIS:FIRST-LAST of some "
+            "entries, with + between several, or file.py:function"
         )
     written = ", ".join(["n", *map(str, shape)])
     axis = start = count = 0

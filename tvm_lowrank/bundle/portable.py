@@ -18,10 +18,10 @@ from tvm.ir import IRModule
 from tvm_lowrank import console
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.bundle.manifest import PORTABLE
-from tvm_lowrank.data.reference import summary
 from tvm_lowrank.files import replaced
 from tvm_lowrank.formats import FLOAT32
 from tvm_lowrank.precision import formats_of, with_formats
+from tvm_lowrank.reference import summary
 from tvm_lowrank.tensors import Tensors
 
 PT2, ONNX = PORTABLE

@@ -12,8 +12,8 @@ import numpy as np
 from tvm_lowrank.console import progress
 from tvm_lowrank.data.form import Form, by
 from tvm_lowrank.data.images import Raw, Spool
-from tvm_lowrank.data.reference import summary
 from tvm_lowrank.errors import UserError
+from tvm_lowrank.reference import summary
 
 T = TypeVar("T")
 

@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from tvm_lowrank.data.form import Form
-from tvm_lowrank.data.reference import summary
 from tvm_lowrank.errors import UserError
+from tvm_lowrank.reference import summary
 
 SPLITS = ("calibration", "selection", "evaluation")
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"))

@@ -14,8 +14,8 @@ import numpy as np
 
 from tvm_lowrank import console
 from tvm_lowrank.data.images import Images
-from tvm_lowrank.data.reference import absolute, is_reference, load_object, summary
 from tvm_lowrank.errors import UserError
+from tvm_lowrank.reference import absolute, is_reference, load_object, summary
 
 INTERVAL = 2 * NormalDist().inv_cdf(0.975)  # length of a 95 % interval, in standard errors
 BINARY = {"binary": 0.0, "binary-probability": 0.5}  # and above what an output is a yes

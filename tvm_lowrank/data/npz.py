@@ -15,8 +15,8 @@ from tvm_lowrank.data import images
 from tvm_lowrank.data.form import Form
 from tvm_lowrank.data.imagefolder import SPLITS
 from tvm_lowrank.data.images import CHUNK, Filed, Raw, Spool
-from tvm_lowrank.data.reference import summary
 from tvm_lowrank.errors import UserError
+from tvm_lowrank.reference import summary
 
 KEYS = ("calibration_x", "selection_x", "selection_y", "evaluation_x", "evaluation_y")
 HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}

@@ -21,8 +21,8 @@ from tvm_lowrank.data.given import read_images, read_labelled
 from tvm_lowrank.data.imagefolder import SPLITS, read_folder
 from tvm_lowrank.data.images import Images, Raw, Stored, chunks
 from tvm_lowrank.data.npz import read_npz
-from tvm_lowrank.data.reference import absolute, is_reference, load_object, summary
 from tvm_lowrank.errors import UserError
+from tvm_lowrank.reference import absolute, is_reference, load_object, summary
 
 Labelled = tuple[Images, np.ndarray]
 Read = tuple[Raw, tuple[Raw, np.ndarray], tuple[Raw, np.ndarray]]  # the splits, as they are stored

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from tvm_lowrank.data.form import Form, Stats, form_of
 from tvm_lowrank.data.given import as_array, is_batch
-from tvm_lowrank.data.reference import absolute, load_object, summary
 from tvm_lowrank.data.splits import IN_MEMORY
 from tvm_lowrank.errors import UserError
+from tvm_lowrank.reference import absolute, load_object, summary
 
 Batch = tuple[Tensor, Tensor]
 Batches = Callable[[int], Iterable[Batch]]

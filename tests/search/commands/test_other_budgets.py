@@ -15,9 +15,9 @@ import torch
 import tvm_lowrank
 from support.command import Run
 from tvm_lowrank.bundle.manifest import REQUIRED
-from tvm_lowrank.data.reference import load_object
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.quantities import milliseconds
+from tvm_lowrank.reference import load_object
 from tvm_lowrank.searching.commands import frontier, libraries, within
 from tvm_lowrank.searching.commands.frontier import pareto, thinned
 from tvm_lowrank.searching.fit import reconstruct
