@@ -24,5 +24,5 @@ class ESPCN(nn.Module):
 
 
 def espcn() -> ESPCN:
-    """Three times as large: 22.7 k parameters."""
+    """Three times as large: 22.7 k parameters, and about as many MACs for each pixel of the input."""
     return ESPCN()

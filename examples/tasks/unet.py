@@ -48,5 +48,5 @@ def pair(inside: int, outside: int, norm: bool) -> nn.Sequential:
 
 
 def unet() -> UNet:
-    """Of the paper's widths, for grey images and two classes: 31.0 M parameters."""
+    """Of the paper's widths, for grey images and two classes: 31.0 M parameters, 48 G MACs at 256x256."""
     return UNet()
