@@ -22,16 +22,18 @@ def peaks(heat: np.ndarray, least: float, limit: int = 30) -> tuple[np.ndarray, 
 
 
 def between(heat: np.ndarray, row: int, column: int) -> np.ndarray:
-    """x and y of the peak of a map (h, w) near a position, between positions: of a parabola through the logarithms."""
+    """x and y of the peak of a map (h, w) near a position, between positions: of parabolas through the logarithms."""
+    logs = np.log(np.maximum(heat, 1e-6))
+    return np.array([vertex(logs[row], column), vertex(logs[:, column], row)])
 
-    def step(before: float, here: float, after: float) -> float:
-        before, here, after = np.log(np.maximum([before, here, after], 1e-6))
-        bend = before - 2 * here + after
-        return float(np.clip((before - after) / (2 * bend), -0.5, 0.5)) if bend < 0 else 0.0
 
-    padded = np.pad(heat, 1, mode="edge")
-    across, along = padded[row + 1, column : column + 3], padded[row : row + 3, column + 1]
-    return np.array([column + step(*across), row + step(*along)])
+def vertex(values: np.ndarray, at: int) -> float:
+    """Where a parabola through three of the values has its vertex, at most half a position from their highest."""
+    middle = min(max(at, 1), len(values) - 2)
+    before, here, after = values[middle - 1 : middle + 2]
+    bend = before - 2 * here + after
+    shift = (before - after) / (2 * bend) if bend < 0 else 0.0
+    return float(np.clip(middle + shift, at - 0.5, at + 0.5))
 
 
 def bumps(at: np.ndarray, spread: np.ndarray, size: int) -> Tensor:

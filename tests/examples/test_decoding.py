@@ -67,8 +67,9 @@ def test_peaks() -> None:
 
 
 def test_between_positions() -> None:
-    heat = bumps(np.array([(5.3, 2.9)]), np.array([1.2]), 10).numpy()
-    np.testing.assert_allclose(between(heat, 3, 5), (5.3, 2.9), atol=1e-3)
+    for x, y in ((5.3, 2.9), (0.2, 9.4), (-0.4, 3)):
+        heat = bumps(np.array([(x, y)]), np.array([1.2]), 10).numpy()
+        np.testing.assert_allclose(between(heat, round(y), round(x)), (x, y), atol=1e-3)
 
 
 def test_boxes_come_out_again(scenes: list[Scene]) -> None:
