@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
@@ -11,15 +10,6 @@ SSD_MAPS = (38, 19, 10, 5, 3, 1)  # positions a side
 SSD_SCALES = (0.1, 0.2, 0.375, 0.55, 0.725, 0.9, 1.075)  # of the boxes of each map, and of one after the last
 SSD_SHAPES = ((2,), (2, 3), (2, 3), (2, 3), (2,), (2,))  # width to height, and the reciprocals; 1 is in all
 SSD_VARIANCES = (0.1, 0.2)
-
-
-@dataclass(frozen=True, eq=False)
-class Found:
-    """What a detector found in one image: boxes (k, 4), scores (k,) and classes (k,), best first."""
-
-    boxes: np.ndarray
-    scores: np.ndarray
-    classes: np.ndarray
 
 
 def overlaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -69,11 +59,15 @@ def ssd_boxes(offsets: np.ndarray) -> np.ndarray:
     return np.concatenate([centre - half, centre + half], -1)
 
 
-def ssd_found(offsets: np.ndarray, scores: np.ndarray, *, least: float = 0.01, limit: int = 200) -> list[Found]:
-    """SSD300's outputs, (n, 8732, 4) and (n, 8732, classes), as what it found in each image; classes count from 0.
+def ssd_found(
+    outputs: tuple[np.ndarray, np.ndarray], *, least: float = 0.01, limit: int = 200
+) -> list[dict[str, np.ndarray]]:
+    """What SSD300 found in each image, best first: boxes (k, 4), labels (k,) and scores (k,).
 
-    The background, the first class of the scores, is left out.
+    The outputs are (n, 8732, 4) and (n, 8732, classes). Labels count from 0: the background, the first class of the
+    scores, is left out.
     """
+    offsets, scores = outputs
     scores = np.exp(scores - scores.max(-1, keepdims=True))
     scores = (scores / scores.sum(-1, keepdims=True))[..., 1:]
     found = []
@@ -84,5 +78,6 @@ def ssd_found(offsets: np.ndarray, scores: np.ndarray, *, least: float = 0.01, l
             picked += [(likely[i, own], own, i) for i in above[suppress(boxes[above], likely[above, own], 0.45)]]
         picked = sorted(picked, key=lambda one: -one[0])[:limit]
         index = [i for *_, i in picked]
-        found.append(Found(boxes[index], np.array([p[0] for p in picked]), np.array([p[1] for p in picked], int)))
+        best, labels = np.array([p[0] for p in picked]), np.array([p[1] for p in picked], int)
+        found.append({"boxes": boxes[index], "labels": labels, "scores": best})
     return found

@@ -4,41 +4,42 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+
+Images = Sequence[Mapping[str, np.ndarray]]
 
 SPREAD = 0.05  # of every key point: how exactly it can be told, in units of the object's size (COCO's are 0.025 to 0.1)
 
 
-def box_precision(found: Sequence[Any], truth: Sequence[Any]) -> dict[str, float]:
+def box_precision(found: Images, truth: Images) -> dict[str, float]:
     """Average precision of boxes, from 0 to 1: `AP` over overlaps of 0.5 to 0.95, and `AP50`.
 
-    For each image, found has boxes (k, 4), scores (k,) and classes (k,), and truth a mapping with boxes and classes.
+    For each image, found has boxes (k, 4), labels (k,) and scores (k,), and truth boxes and labels.
     """
     said = [
         {"image_id": i, "category_id": int(c), "bbox": corner_and_size(box), "score": float(s)}
         for i, one in enumerate(found)
-        for box, s, c in zip(one.boxes, one.scores, one.classes, strict=True)
+        for box, s, c in zip(one["boxes"], one["scores"], one["labels"], strict=True)
     ]
     true = [
         {"image_id": i, "category_id": int(c), "bbox": corner_and_size(box), "area": float(np.prod(box[2:] - box[:2]))}
         for i, one in enumerate(truth)
-        for box, c in zip(one["boxes"], one["classes"], strict=True)
+        for box, c in zip(one["boxes"], one["labels"], strict=True)
     ]
     return _precision("bbox", said, true, len(truth))
 
 
-def point_precision(found: Sequence[Any], truth: Sequence[Any]) -> dict[str, float]:
+def point_precision(found: Images, truth: Images) -> dict[str, float]:
     """Average precision by the similarity of key points (OKS), from 0 to 1: `AP` over 0.5 to 0.95, and `AP50`.
 
-    For each image, found has points (k, p, 2) and scores (k,), and truth a mapping with points and areas (k,).
+    For each image, found has keypoints (k, p, 2) and scores (k,), and truth keypoints and area (k,).
     """
     said = [
         {"image_id": i, "category_id": 0, "keypoints": _seen(points), "score": float(score)}
         for i, one in enumerate(found)
-        for points, score in zip(one.points, one.scores, strict=True)
+        for points, score in zip(one["keypoints"], one["scores"], strict=True)
     ]
     true = [
         {
@@ -50,7 +51,7 @@ def point_precision(found: Sequence[Any], truth: Sequence[Any]) -> dict[str, flo
             "bbox": corner_and_size(np.concatenate([points.min(0), points.max(0)])),
         }
         for i, one in enumerate(truth)
-        for points, area in zip(one["points"], one["areas"], strict=True)
+        for points, area in zip(one["keypoints"], one["area"], strict=True)
     ]
     return _precision("keypoints", said, true, len(truth))
 

@@ -1,8 +1,4 @@
-"""Animals and vehicles in scenes of 96x96 pixels, with their boxes: a small CenterNet, trained.
-
-tvm_lowrank search --model detection.py:trained --input-shape 1,3,96,96 --data detection.py:data --metric
-    detection.py:precision_50
-"""
+"""Animals and vehicles in scenes of 96x96 pixels, with their boxes: a small CenterNet, trained."""
 
 from __future__ import annotations
 
@@ -12,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from blocks import with_weights
-from boxes import Found
 from centernet import STRIDE, CenterNet, centernet
 from coco import box_precision
 from peaks import bumps, peaks
@@ -33,34 +28,35 @@ def trained() -> nn.Module:
 
 
 def target(scene: Scene) -> dict[str, np.ndarray]:
-    """Boxes (k, 4) in pixels and classes (k,)."""
-    return {"boxes": scene.boxes, "classes": scene.classes}
+    """Boxes (k, 4) in pixels and labels (k,)."""
+    return {"boxes": scene.boxes, "labels": scene.classes}
 
 
 def data() -> dict[str, Any]:
     return splits(target)
 
 
-def decode(heat: np.ndarray, size: np.ndarray, offset: np.ndarray, *, least: float = 0.05) -> list[Found]:
-    """The network's outputs as what it found in each image; a peak that is no lower than its neighbours is a centre."""
+def decode(outputs: tuple[np.ndarray, ...], *, least: float = 0.05) -> list[dict[str, np.ndarray]]:
+    """What the network found in each image, best first: boxes (k, 4) in pixels, labels (k,) and scores (k,)."""
     found = []
-    for h, s, o in zip(heat, size, offset, strict=True):
-        at, scores = peaks(h, least)
-        classes, rows, columns = at.T
-        centres = np.stack([columns, rows], 1) + o[:, rows, columns].T
-        half = s[:, rows, columns].T / 2
-        found.append(Found(STRIDE * np.concatenate([centres - half, centres + half], 1), scores, classes))
+    for heat, size, offset in zip(*outputs, strict=True):
+        at, scores = peaks(heat, least)
+        labels, rows, columns = at.T
+        centres = np.stack([columns, rows], 1) + offset[:, rows, columns].T
+        half = size[:, rows, columns].T / 2
+        boxes = STRIDE * np.concatenate([centres - half, centres + half], 1)
+        found.append({"boxes": boxes, "labels": labels, "scores": scores})
     return found
 
 
 def precision_50(outputs: tuple[np.ndarray, ...], targets: list[dict[str, np.ndarray]]) -> float:
     """Mean average precision at an overlap of 0.5, from 0 to 1, over all images together."""
-    return box_precision(decode(*outputs), targets)["AP50"]
+    return box_precision(decode(outputs), targets)["AP50"]
 
 
 def precision(outputs: tuple[np.ndarray, ...], targets: list[dict[str, np.ndarray]]) -> float:
     """COCO's mean average precision, over overlaps of 0.5 to 0.95."""
-    return box_precision(decode(*outputs), targets)["AP"]
+    return box_precision(decode(outputs), targets)["AP"]
 
 
 def batch(rng: np.random.Generator, pictures: np.ndarray, labels: np.ndarray, count: int) -> tuple[Tensor, Tensor]:

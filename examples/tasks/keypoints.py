@@ -1,12 +1,7 @@
-"""Centre and corners of turned pictures in scenes of 96x96 pixels: a small part-affinity network, trained.
-
-tvm_lowrank search --model keypoints.py:trained --input-shape 1,3,96,96 --data keypoints.py:data --metric
-    keypoints.py:precision
-"""
+"""Centre and corners of turned pictures in scenes of 96x96 pixels: a small part-affinity network, trained."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +22,6 @@ SPREAD = 1.2  # of a point's heat, in positions
 WIDTH = 1.0  # of a limb on each side, in positions
 
 
-@dataclass(frozen=True, eq=False)
-class Posed:
-    """What was found in one image: points (k, 5, 2) in pixels and scores (k,), best first."""
-
-    points: np.ndarray
-    scores: np.ndarray
-
-
 def network() -> PoseNetwork:
     return PoseNetwork(CORNERS, len(POINTS), stages=2, front=FRONT, norm=True)
 
@@ -45,20 +32,23 @@ def trained() -> nn.Module:
 
 
 def target(scene: Scene) -> dict[str, np.ndarray]:
-    """Points (k, 5, 2) in pixels and areas (k,) in square pixels."""
-    return {"points": scene.points, "areas": scene.areas}
+    """Key points (k, 5, 2) in pixels, and the area (k,) of each object in square pixels."""
+    return {"keypoints": scene.points, "area": scene.areas}
 
 
 def data() -> dict[str, Any]:
     return splits(target)
 
 
-def decode(fields: np.ndarray, heat: np.ndarray, *, least: float = 0.1) -> list[Posed]:
-    """The network's outputs (n, 8, h, w) and (n, 6, h, w) as what it found in each image."""
-    return [grouped(f.reshape(CORNERS, 2, *f.shape[1:]), h, least) for f, h in zip(fields, heat, strict=True)]
+def decode(outputs: tuple[np.ndarray, np.ndarray], *, least: float = 0.1) -> list[dict[str, np.ndarray]]:
+    """What the network found in each image, best first: keypoints (k, 5, 2) in pixels and scores (k,).
+
+    The outputs are (n, 8, h, w) and (n, 6, h, w).
+    """
+    return [grouped(f.reshape(CORNERS, 2, *f.shape[1:]), h, least) for f, h in zip(*outputs, strict=True)]
 
 
-def grouped(fields: np.ndarray, heat: np.ndarray, least: float) -> Posed:
+def grouped(fields: np.ndarray, heat: np.ndarray, least: float) -> dict[str, np.ndarray]:
     """Each centre with the corners that its limbs lead to (section 2.3 of the paper), for skeletons that are a star.
 
     An object without one of its corners has its centre instead.
@@ -74,7 +64,7 @@ def grouped(fields: np.ndarray, heat: np.ndarray, least: float) -> Posed:
             points[centre, corner] = places[own][end]
             scores[centre] += heights[own][end]
     order = np.argsort(-scores, kind="stable")
-    return Posed(STRIDE * (points[order] + 0.5), scores[order] / len(POINTS))
+    return {"keypoints": STRIDE * (points[order] + 0.5), "scores": scores[order] / len(POINTS)}
 
 
 def pairs(field: np.ndarray, starts: np.ndarray, ends: np.ndarray, steps: int = 8) -> list[tuple[int, int]]:
@@ -95,7 +85,7 @@ def pairs(field: np.ndarray, starts: np.ndarray, ends: np.ndarray, steps: int = 
 
 def precision(outputs: tuple[np.ndarray, ...], targets: list[dict[str, np.ndarray]]) -> float:
     """COCO's average precision by key points, from 0 to 1, over all images together."""
-    return point_precision(decode(*outputs), targets)["AP"]
+    return point_precision(decode(outputs), targets)["AP"]
 
 
 def batch(rng: np.random.Generator, pictures: np.ndarray, labels: np.ndarray, count: int) -> tuple[Tensor, Tensor]:

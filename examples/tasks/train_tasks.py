@@ -31,7 +31,7 @@ TASKS = {
     "detection": (("precision_50", "precision"), 1500, 4e-3),
     "keypoints": (("precision",), 1500, 4e-3),
     "segmentation": (("mean_overlap",), 1000, 4e-3),
-    "upscaling": (("similarity",), 4000, 2e-3),
+    "upscaling": (("psnr",), 4000, 2e-3),
 }
 BATCH = 32
 
@@ -95,7 +95,9 @@ def main() -> None:
     save_weights(net, args.out / f"{args.task}.npz")
     x, y = task.data()["evaluation"]
     for metric in metrics:
-        print(f"{args.task}: {metric} {100 * np.mean(getattr(task, metric)(outputs(net, x), y)):.2f} %")
+        score = getattr(task, metric)
+        value, unit = np.mean(score(outputs(net, x), y)), getattr(score, "unit", None)
+        print(f"{args.task}: {metric} " + (f"{value:.2f} {unit}" if unit else f"{100 * value:.2f} %"))
 
 
 if __name__ == "__main__":

@@ -51,10 +51,10 @@ def test_what_ssd_found() -> None:
     scores[..., 0] = 10  # background
     scores[0, [5, 4000], 1:] = [(20, 0), (0, 15)]
     scores[0, 4 + 1, 0] = scores[0, 4000, 0] = 0
-    one, none = ssd_found(np.zeros((2, 8732, 4), "float32"), scores)
-    assert one.classes.tolist() == [0, 1]
-    np.testing.assert_allclose(one.boxes, ssd_boxes(np.zeros((1, 8732, 4)))[0, [5, 4000]])
-    assert len(none.boxes) == len(none.scores) == 0
+    one, none = ssd_found((np.zeros((2, 8732, 4), "float32"), scores))
+    assert one["labels"].tolist() == [0, 1]
+    np.testing.assert_allclose(one["boxes"], ssd_boxes(np.zeros((1, 8732, 4)))[0, [5, 4000]])
+    assert len(none["boxes"]) == len(none["scores"]) == 0
 
 
 def test_peaks() -> None:
@@ -74,19 +74,19 @@ def test_between_positions() -> None:
 
 def test_boxes_come_out_again(scenes: list[Scene]) -> None:
     maps = np.stack([detection.wanted(scene).numpy() for scene in scenes])
-    found = detection.decode(maps[:, :2], maps[:, 2:4], maps[:, 4:6], least=0.99)
+    found = detection.decode((maps[:, :2], maps[:, 2:4], maps[:, 4:6]), least=0.99)
     for one, scene in zip(found, scenes, strict=True):
-        best = overlaps(scene.boxes, one.boxes).argmax(1)
-        np.testing.assert_allclose(one.boxes[best], scene.boxes, atol=1e-3)
-        assert one.classes[best].tolist() == scene.classes.tolist()
-        assert len(one.boxes) == len(scene.boxes)
+        best = overlaps(scene.boxes, one["boxes"]).argmax(1)
+        np.testing.assert_allclose(one["boxes"][best], scene.boxes, atol=1e-3)
+        assert one["labels"][best].tolist() == scene.classes.tolist()
+        assert len(one["boxes"]) == len(scene.boxes)
 
 
 def test_points_come_out_again(scenes: list[Scene]) -> None:
     maps = np.stack([keypoints.wanted(scene.points).numpy() for scene in scenes])
-    for one, scene in zip(keypoints.decode(maps[:, :8], maps[:, 8:]), scenes, strict=True):
-        apart = np.linalg.norm(one.points[:, None] - scene.points[None], axis=-1).max(-1)
-        assert len(one.points) == len(scene.points)
+    for one, scene in zip(keypoints.decode((maps[:, :8], maps[:, 8:])), scenes, strict=True):
+        apart = np.linalg.norm(one["keypoints"][:, None] - scene.points[None], axis=-1).max(-1)
+        assert len(one["keypoints"]) == len(scene.points)
         assert (apart.min(0) < 2.5).all()  # pixels: points of one kind that are near each other blur
 
 
@@ -94,29 +94,29 @@ def test_an_object_without_a_corner() -> None:
     points = np.array([[(40, 40), (30, 30), (50, 30), (50, 50), (30, 50)]], "float64")
     maps = keypoints.wanted(points).numpy()
     maps[8 + 2] = 0  # no upper right corner
-    (one,) = keypoints.decode(maps[None, :8], maps[None, 8:])
-    np.testing.assert_allclose(one.points[0, [0, 1, 3, 4]], points[0, [0, 1, 3, 4]], atol=0.1)
-    np.testing.assert_allclose(one.points[0, 2], points[0, 0], atol=0.1)
-    assert one.scores[0] == pytest.approx(4 / 5, abs=0.05)
+    (one,) = keypoints.decode((maps[None, :8], maps[None, 8:]))
+    np.testing.assert_allclose(one["keypoints"][0, [0, 1, 3, 4]], points[0, [0, 1, 3, 4]], atol=0.1)
+    np.testing.assert_allclose(one["keypoints"][0, 2], points[0, 0], atol=0.1)
+    assert one["scores"][0] == pytest.approx(4 / 5, abs=0.05)
 
 
 def test_nothing_found() -> None:
-    (one,) = keypoints.decode(np.zeros((1, 8, 24, 24)), np.zeros((1, 6, 24, 24)))
-    assert one.points.shape == (0, 5, 2)
-    (found,) = detection.decode(*(np.zeros((1, 2, 24, 24)) for _ in range(3)))
-    assert found.boxes.shape == (0, 4)
+    (one,) = keypoints.decode((np.zeros((1, 8, 24, 24)), np.zeros((1, 6, 24, 24))))
+    assert one["keypoints"].shape == (0, 5, 2)
+    (found,) = detection.decode(tuple(np.zeros((1, 2, 24, 24)) for _ in range(3)))
+    assert found["boxes"].shape == (0, 4)
 
 
 def test_mean_overlap() -> None:
-    truth = [np.array([[0, 0], [1, 2]])]
+    truth = np.array([[[0, 0], [1, 2]]])
     said = np.eye(3)[np.array([[0, 1], [1, 2]])].transpose(2, 0, 1)[None]
     assert segmentation.mean_overlap(said, truth) == pytest.approx((1 / 2 + 1 / 2 + 1) / 3)
 
 
-def test_similarity() -> None:
+def test_psnr() -> None:
     truth = np.zeros((2, 1, 4, 4))
-    np.testing.assert_allclose(upscaling.similarity(truth + 0.1, truth), 0.2)
-    np.testing.assert_allclose(upscaling.similarity(truth, truth), 0.6)
+    np.testing.assert_allclose(upscaling.psnr(truth + 0.1, truth), 20)
+    np.testing.assert_allclose(upscaling.psnr(truth, truth), 60)
 
 
 def test_small_pictures_are_means() -> None:
