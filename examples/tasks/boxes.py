@@ -35,8 +35,7 @@ def suppress(boxes: np.ndarray, scores: np.ndarray, most: float = 0.5) -> np.nda
 def ssd_default_boxes() -> np.ndarray:
     """The 8,732 default boxes of SSD300, (8732, 4) as x and y of the centre, width and height, from 0 to 1.
 
-    Section 2.2 of the paper, with the scales of its code (COCO's are smaller); a box of the next map's scale comes
-    second at each position.
+    Sections 2.2 and 3.1 of the paper: the second box at each position is of a scale between this map's and the next's.
     """
     boxes = []
     for size, scale, larger, shapes in zip(SSD_MAPS, SSD_SCALES, SSD_SCALES[1:], SSD_SHAPES, strict=False):
@@ -69,15 +68,17 @@ def ssd_found(
     """
     offsets, scores = outputs
     scores = np.exp(scores - scores.max(-1, keepdims=True))
-    scores = (scores / scores.sum(-1, keepdims=True))[..., 1:]
-    found = []
-    for boxes, likely in zip(ssd_boxes(offsets), scores, strict=True):
-        picked = []
-        for own in range(likely.shape[1]):
-            (above,) = np.nonzero(likely[:, own] > least)
-            picked += [(likely[i, own], own, i) for i in above[suppress(boxes[above], likely[above, own], 0.45)]]
-        picked = sorted(picked, key=lambda one: -one[0])[:limit]
-        index = [i for *_, i in picked]
-        best, labels = np.array([p[0] for p in picked]), np.array([p[1] for p in picked], int)
-        found.append({"boxes": boxes[index], "labels": labels, "scores": best})
-    return found
+    likely = (scores / scores.sum(-1, keepdims=True))[..., 1:]
+    return [_best(boxes, own, least, limit) for boxes, own in zip(ssd_boxes(offsets), likely, strict=True)]
+
+
+def _best(boxes: np.ndarray, likely: np.ndarray, least: float, limit: int) -> dict[str, np.ndarray]:
+    """Of boxes (k, 4) and what is how likely in each (k, classes): the best of each class, without their doubles."""
+    kept = []
+    for label, own in enumerate(likely.T):
+        (above,) = np.nonzero(own > least)
+        kept += [(label, i) for i in above[suppress(boxes[above], own[above], 0.45)]]
+    labels, index = np.array(kept, int).reshape(-1, 2).T
+    scores = likely[index, labels]
+    order = np.argsort(-scores, kind="stable")[:limit]
+    return {"boxes": boxes[index[order]], "labels": labels[order], "scores": scores[order]}

@@ -42,16 +42,13 @@ class Scene:
 
 def compose(rng: np.random.Generator, pictures: np.ndarray, classes: np.ndarray) -> Scene:
     """One to four of the pictures (n, 32, 32, 3) at random places, none over another."""
-    rows, columns = np.mgrid[:SIZE, :SIZE] + 0.5
-    at = np.stack([columns, rows], -1)  # of the pixels' centres
-    piece = rng.uniform(0.3, 0.6)
-    backdrop = pictures[rng.integers(len(pictures))]
-    pixels = sample(backdrop, (at / SIZE * 2 - 1) * piece + rng.uniform(piece - 1, 1 - piece, 2))
+    at = np.stack(np.meshgrid(*[np.arange(SIZE) + 0.5] * 2), -1)  # the pixels' centres, x before y
+    pixels = backdrop(rng, pictures, at)
     mask = np.zeros((SIZE, SIZE), "uint8")
-    picked, frames = [], []
+    picked, points, areas = [], [], []
     for i in rng.integers(len(pictures), size=rng.integers(1, 5)):
         frame, centre = placement(rng)
-        own = (at - centre) @ np.linalg.inv(frame).T  # the picture's square, from -1 to 1
+        own = (at - centre) @ np.linalg.inv(frame).T  # on the picture's square, from -1 to 1
         reach = np.abs(own).max(-1)
         if mask[reach <= GAP].any():
             continue
@@ -59,13 +56,18 @@ def compose(rng: np.random.Generator, pictures: np.ndarray, classes: np.ndarray)
         pixels[inside] = sample(pictures[i], own[inside])
         mask[inside] = 1 + classes[i]
         picked.append(i)
-        frames.append((frame, centre))
-    points = np.stack([np.array(list(POINTS.values())) @ frame.T + centre for frame, centre in frames])
-    boxes = np.concatenate([points.min(1), points.max(1)], 1)
-    areas = np.array([4 * np.linalg.det(frame) for frame, _ in frames])
-    return Scene(
-        pixels.round().astype("uint8"), classes[picked], *(a.astype("float32") for a in (boxes, points, areas)), mask
-    )
+        points.append(np.array(list(POINTS.values())) @ frame.T + centre)
+        areas.append(4 * np.linalg.det(frame))
+    corners = np.array(points, "float32")
+    boxes = np.concatenate([corners.min(1), corners.max(1)], 1)
+    return Scene(pixels.round().astype("uint8"), classes[picked], boxes, corners, np.array(areas, "float32"), mask)
+
+
+def backdrop(rng: np.random.Generator, pictures: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """30 to 60 % of a picture's height and width, enlarged: (SIZE, SIZE, 3)."""
+    piece = rng.uniform(0.3, 0.6)
+    picture = pictures[rng.integers(len(pictures))]
+    return sample(picture, (at / SIZE * 2 - 1) * piece + rng.uniform(piece - 1, 1 - piece, 2))
 
 
 def placement(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
