@@ -31,8 +31,10 @@ def target(scene: Scene) -> np.ndarray:
 def data() -> dict[str, Any]:
     """The targets are masks (n, h, w)."""
     given = splits(target)
-    labelled = {part: (x, np.stack(masks)) for part, (x, masks) in given.items() if part != "calibration"}
-    return {**given, **labelled}
+    for part in ("selection", "evaluation"):
+        x, masks = given[part]
+        given[part] = x, np.stack(masks)
+    return given
 
 
 def mean_overlap(outputs: np.ndarray, targets: np.ndarray) -> float:
