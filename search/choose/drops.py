@@ -14,14 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tvm_lowrank.data.measure import ACCURACY, Cost
 from tvm_lowrank.searching.damage import DamageCurve
 
-# points = rate * nats ** POWER. Of 8,000 or 10,000 test images, twenty networks that the bundled one became, refitted,
-# reconstructed and fine-tuned, of 0.010 to 0.10 nats, lose 0.6 to 4.9 points: rates of 24 to 31. Two ResNet-20s: 26. A
-# ResNet-50 on photographs: 7 to 11
-POWER = 0.8
-RATE = 20.0
-UNSURE = 1.0  # standard deviation of the rate's logarithm: with labels that are the dense answers rates are 50 to 100
 SPREAD = 0.07  # of the points of a damage: standard deviation of what networks of this damage lose
 
 
@@ -32,22 +27,21 @@ LEFT = {"refitted": 0.65, "reconstructed": 0.45}
 
 @dataclass(frozen=True)
 class Counted:
-    """What evaluating a network gave: damage in nats, points that it is likely to lose, and their standard error."""
+    """What evaluating a network gave: damage in nats, what it is likely to lose, and the standard error of that."""
 
     damage: float
     drop: float
     error: float
 
-    @property
-    def power(self) -> float:
-        """What the points of a damage are proportional to."""
-        return float(max(self.damage, 0.0) ** POWER)
-
 
 class Rate:
-    """What damages, in nats on the selection images, are likely to cost in points, of networks fitted in any way."""
+    """What damages, in nats on the selection images, are likely to cost, of networks fitted in any way.
 
-    def __init__(self) -> None:
+    ``cost`` is what is expected at first: points, or what else the metric counts in, are the rate x nats ** its power.
+    """
+
+    def __init__(self, cost: Cost = ACCURACY) -> None:
+        self._cost = cost
         self._known: dict[str, Counted] = {}
 
     def learn(self, network: str, counted: Counted) -> None:
@@ -60,23 +54,31 @@ class Rate:
 
         All count the same images and err together, so their errors add up as their points do.
         """
-        known = self._known.values()
-        points, nats = sum(own.drop for own in known), sum(own.power for own in known)
-        error = sum(own.error for own in known) + SPREAD * RATE * nats
-        rates = np.geomspace(RATE / 100, RATE * 100, 1001)
-        unlikely = (np.log(rates / RATE) / UNSURE) ** 2 + ((points - rates * nats) / max(error, 1e-12)) ** 2
+        known, first = self._known.values(), self._cost.rate
+        points, nats = sum(own.drop for own in known), sum(self._power(own.damage) for own in known)
+        error = sum(own.error for own in known) + SPREAD * first * nats
+        farthest = 100.0**self._cost.unsure
+        rates = np.geomspace(first / farthest, first * farthest, 1001)
+        unlikely = (np.log(rates / first) / self._cost.unsure) ** 2 + ((points - rates * nats) / max(error, 1e-12)) ** 2
         weights = np.exp((unlikely.min() - unlikely) / 2)
         return float(np.exp(np.average(np.log(rates), weights=weights)))
 
     def expected(self, counted: Counted) -> float:
         """Points that a network loses: those of its damage, and the better its own were counted, these."""
-        points = self.value * counted.power
+        points = self.points(counted.damage)
         spread = (SPREAD * points) ** 2
         return points + spread / max(spread + counted.error**2, 1e-12) * (counted.drop - points)
 
+    def points(self, damage: float) -> float:
+        """What a damage in nats costs."""
+        return self.value * self._power(damage)
+
     def damage(self, drop: float) -> float:
         """Nats at which so many points are lost."""
-        return float((max(drop, 0.0) / self.value) ** (1 / POWER))
+        return float((max(drop, 0.0) / self.value) ** (1 / self._cost.power))
+
+    def _power(self, damage: float) -> float:
+        return float(max(damage, 0.0) ** self._cost.power)
 
 
 class Recovery:

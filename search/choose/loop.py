@@ -120,7 +120,7 @@ def explore(
         foreseen = " when it is recovered" if result.fit == "decomposed" else ""
         verdict = "kept" if result in inside else "over budget"
         said = f"expected {search.foreseen_drop(result):+.2f}{foreseen}, {verdict}"
-        console.tried(search.dense_ms / result.ms, result.drop, said)
+        console.tried(search.dense_ms / result.ms, result.drop, said, unit=search.metric.unit.name)
         if result in inside and search.is_fastest(result):
             break
         if any(own.fit != "decomposed" and search.expected_drop(own) >= NEAR * search.budget for own in inside):

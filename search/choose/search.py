@@ -24,7 +24,9 @@ from tvm_lowrank import console
 from tvm_lowrank.bridge.answers import Answers, answers_of
 from tvm_lowrank.bridge.calibrate import predict
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
-from tvm_lowrank.data.metric import INTERVAL, Metric, accuracy, paired_drop
+from tvm_lowrank.data.measure import POINTS, Rows
+from tvm_lowrank.data.metric import INTERVAL, Metric
+from tvm_lowrank.data.parts import Outputs
 from tvm_lowrank.data.splits import Splits
 from tvm_lowrank.errors import TimeUp
 from tvm_lowrank.formats import FLOAT32, FORMATS
@@ -32,7 +34,7 @@ from tvm_lowrank.graph import Site, find_sites
 from tvm_lowrank.plan import Choice, Plan
 from tvm_lowrank.precision import possible, with_formats
 from tvm_lowrank.searching.choose.allocate import Option, allocate
-from tvm_lowrank.searching.choose.drops import LEFT, POWER, Counted, Rate, Recovery
+from tvm_lowrank.searching.choose.drops import LEFT, Counted, Rate, Recovery
 from tvm_lowrank.searching.choose.forecast import (
     DAMAGE,
     KERNELS,
@@ -62,7 +64,7 @@ PROBING_ENDS, FIRST_TUNING_ENDS = 0.4, 0.55
 class Settings:
     """What the user asked of the search."""
 
-    budget: float  # points of the metric
+    budget: float  # in the unit of the metric
     methods: tuple[str, ...]
     lanes: int  # ranks are multiples of this
     synthetic: bool = False  # the images stand in for data that there is not
@@ -87,9 +89,9 @@ class Evaluated(Placed):
     """A plan whose fitted network was really evaluated on the selection split."""
 
     damage: float  # measured, nats, on the selection images
-    drop: float  # counted, points, on the selection split
-    error: float  # standard error of the drop, points
-    likely: float  # drop that is likely by the dense network's own probabilities, points
+    drop: float  # counted, in the metric's unit, on the selection split
+    error: float  # standard error of the drop
+    likely: float  # drop that is likely by the dense network's own probabilities
     likely_error: float  # its standard error
     fit: Fit
 
@@ -149,7 +151,7 @@ class Search:
         self.damage: dict[str, dict[Choice, float]] = {}  # of every candidate, in nats, once `probe` was called
         self.seconds: dict[str, float] = {}  # by phase, of this process
         self._begun = time.monotonic()
-        self._rate = Rate()
+        self._rate = Rate(metric.cost)
         self.sensitivity = Sensitivity(
             mod,
             splits.calibration,
@@ -176,13 +178,24 @@ class Search:
         return answers_of(self.mod["main"])
 
     @cached_property
-    def dense_selection(self) -> np.ndarray:
+    def dense_selection(self) -> Outputs:
         """The dense network's outputs on the selection images."""
         return self._answers(self.mod)
 
     @cached_property
+    def dense_rows(self) -> Rows:
+        """The metric's rows of the dense network on the selection images."""
+        rows = self.metric.scores(self.dense_selection, self.splits.selection[1])
+        value, metric = self.metric.value(rows), self.metric
+        if metric.labelled and metric.unit == POINTS and value <= 0:
+            console.warn(f"{metric.name} of the dense network is {value:.2f} %; do the targets, or its function, fit?")
+        return rows
+
+    @cached_property
     def likely(self) -> Likely | None:
         """What other answers on the selection images are likely to cost, if the dense network's tell."""
+        if not (self.metric.counted and self.metric.labelled):
+            return None
         found = Likely.of(
             self.metric, self.dense_selection, self.splits.selection[1], self.answers, seed=self.settings.seed
         )
@@ -300,17 +313,17 @@ class Search:
         how = f"{fit}, {training.name}," if fit == "finetuned" and training is not None else fit
 
         def judge() -> dict[str, Any]:
-            labels, logits = self.splits.selection[1], self._answers(self._fitted(placed.plan, fit))
-            before, after = self.metric.scores(self.dense_selection, labels), self.metric.scores(logits, labels)
-            drop, interval = paired_drop(before, after)
+            outputs = self._answers(self._fitted(placed.plan, fit))
+            rows = self.metric.scores(outputs, self.splits.selection[1])
+            drop, interval = self.metric.drop(self.dense_rows, rows, seed=self.settings.seed)
             error = (interval[1] - interval[0]) / INTERVAL
-            likely, likely_error = (drop, error) if self.likely is None else self.likely.drop(logits)
+            likely, likely_error = (drop, error) if self.likely is None else self.likely.drop(outputs)
             return {
                 "plan": json.loads(placed.plan.to_json()),
                 "fit": fit,
                 "ms": placed.ms,
                 "predicted": placed.predicted,
-                "damage": divergence(self.answers, self.dense_selection, logits),
+                "damage": divergence(self.answers, self.dense_selection, outputs),
                 "drop": drop,
                 "error": error,
                 "likely": likely,
@@ -334,7 +347,10 @@ class Search:
     def tried(self) -> list[dict[str, Any]]:
         """The manifest's ``plans``: all that the journal has as evaluated; what each is expected to lose, all tell."""
         rows = [row for row in self.journal.of_kind("evaluation").values() if row["plan"]["sites"]]
-        rate, counted = Rate(), [Counted(row["damage"], row["likely"], row["likely_error"]) for row in rows]
+        rate, counted = (
+            Rate(self.metric.cost),
+            [Counted(row["damage"], row["likely"], row["likely_error"]) for row in rows],
+        )
         for row, own in zip(rows, counted, strict=True):
             rate.learn(f"{row['fit']} {row['plan']}", own)
         return [{**row, "expected": rate.expected(own)} for row, own in zip(rows, counted, strict=True)]
@@ -353,8 +369,8 @@ class Search:
 
     @property
     def budget(self) -> float:
-        """Points; less than half an image of the selection split is nothing."""
-        return max(self.settings.budget, 50 / max(1, len(self.splits.selection[1])))
+        """In the metric's unit; less than half an image of the selection split is nothing."""
+        return max(self.settings.budget, self.metric.half_an_image / max(1, len(self.splits.selection[1])))
 
     def aim(self, result: Evaluated) -> float:
         """The damage in nats at which the next plan is aimed, after this one."""
@@ -368,8 +384,7 @@ class Search:
         """Points that what is delivered for a plan loses, as in `expected_drop`."""
         if result.fit != "decomposed" or not result.plan:
             return self.expected_drop(result)
-        damage = self.foreseen(result)
-        return self._rate.value * max(damage, 0.0) ** POWER + self._margin(result)
+        return self._rate.points(self.foreseen(result)) + self._margin(result)
 
     def network(self, plan: Plan, fit: Fit) -> IRModule:
         """The network to deliver for a plan that was evaluated after this fit: recovered, if there is time."""
@@ -386,16 +401,15 @@ class Search:
             self.times.rest()
         return self.networks(plan, fit)
 
-    def _answers(self, mod: IRModule) -> np.ndarray:
+    def _answers(self, mod: IRModule) -> Outputs:
         return predict(TorchBridge(mod), self.splits.selection[0])
 
     def _judged(self, bridge: TorchBridge) -> Judged:
         """A network on the selection split."""
-        images, labels = self.splits.selection
-        logits = predict(bridge, images)
-        return Judged(
-            divergence(self.answers, self.dense_selection, logits), accuracy(self.metric.scores(logits, labels))
-        )
+        images, targets = self.splits.selection
+        outputs = predict(bridge, images)
+        value = self.metric.value(self.metric.scores(outputs, targets), self.dense_rows)
+        return Judged(divergence(self.answers, self.dense_selection, outputs), value, self.metric.unit.sign)
 
     def prepare(self) -> None:
         """Find the damage of all candidates, and time the dense network: the surrogate's first data."""

@@ -1,4 +1,4 @@
-"""Fine-tuning with labels: backpropagation through a compressed network, with the dense one as its teacher.
+"""Fine-tuning, with labels where there are classes: backpropagation through a compressed network, with the dense one as its teacher.
 
 The loss is (1 - a) cross-entropy(labels) + a (T^2 KL(teacher at T || student at T) + f errors). The former is Hinton et
 al.'s distillation (2015), and the errors are those of the inputs of all sites, as in the reconstruction
@@ -86,10 +86,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Judged:
-    """A network on the selection split: its damage, in nats an image, and its score, in percent."""
+    """A network on the selection split: its damage, in nats an image, and the metric's value, in percent or by its own sign."""
 
     damage: float
     score: float
+    sign: str = "%"
 
 
 @dataclass(frozen=True)
@@ -152,9 +153,9 @@ def finetune(
 
     Parameters
     ----------
-    bridge : the compressed network; its outputs are class scores (n, classes).
+    bridge : the compressed network.
     batches : the (images, labels) batches of an epoch by its number, as from `training_data.load_training`: float32
-        NCHW and int64 (n,). For a resumed run to give the same bits they must depend on nothing but that number and
+        NCHW, and int64 (n,) where outputs are class scores (n, classes), or None: then it imitates the teacher only. For a resumed run to give the same bits they must depend on nothing but that number and
         the global generators of torch, numpy and Python, which are seeded for every epoch.
     teacher : the dense network.
     judge : a network on the selection split.
@@ -167,7 +168,7 @@ def finetune(
     Raises
     ------
     UserError
-        If the network does not give class scores, a batch is not usable, or the checkpoint cannot be read or written.
+        If there are labels but no class scores, a batch is not usable, or the checkpoint cannot be read or written.
     TimeUp
         If an epoch would not end before the deadline, by the time that the one before took; the checkpoint is there.
     """
@@ -240,7 +241,7 @@ def _epochs(
             left = (time.monotonic() - started) / (number - first + 1) * (epochs - number)
             workers.say(
                 f"epoch {number} of {epochs}: loss {loss:.3f}; on the selection images {judged.damage:.4f} nats of "
-                f"damage, {judged.score:.2f} %; best epoch {result.best} (before training {result.start.damage:.4f})"
+                f"damage, {judged.score:.2f} {judged.sign}; best epoch {result.best} (before training {result.start.damage:.4f})"
                 + (f"; {left:.0f} s left" if number < epochs else "")
             )
             yield _State(result, best, weights, optimiser) if number < epochs else _State(result, best, [], {})
@@ -291,7 +292,8 @@ class _Trainer:
         for group in self._optimiser.param_groups:
             group["lr"] = rate
         self._optimiser.zero_grad()
-        loss = self._loss(*(part.to(self.workers.device) for part in batch))
+        device, (images, labels) = self.workers.device, batch
+        loss = self._loss(images.to(device), None if labels is None else labels.to(device))
         loss.backward()
         mean = self.workers.average(loss.detach(), self._student.parameters)
         gradients = [values.grad for values in self._student.parameters if values.grad is not None]
@@ -300,19 +302,22 @@ class _Trainer:
         self._optimiser.step()
         return mean
 
-    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _loss(self, images: Tensor, labels: Tensor | None) -> Tensor:
         got = watched(self._student, images)
-        logits = got[1]
-        if logits.dim() != 2:
-            shape = "x".join(map(str, logits.shape))
-            raise UserError(f"the model's outputs have shape {shape}; fine-tuning needs class scores, images x classes")
-        settings = self.settings
-        loss = (1 - settings.distil) * F.cross_entropy(logits, labels)
-        if settings.distil:
+        settings, answers = self.settings, self._teacher.bridge.answers
+        share = 1.0 if labels is None else settings.distil
+        loss = torch.zeros((), device=images.device)
+        if labels is not None:
+            logits = got[1]
+            if logits.dim() != 2:
+                shape = "x".join(map(str, logits.shape))
+                raise UserError(f"the model's outputs have shape {shape}; labels need class scores, images x classes")
+            loss = loss + (1 - share) * F.cross_entropy(answers.logits(logits)[:, 0], labels)
+        if share:
             with torch.no_grad():
                 wanted = watched(self._teacher, images)
             how = {"temperature": settings.temperature, "features": settings.features}
-            loss = loss + settings.distil * imitation(wanted, got, self._teacher.bridge.answers, **how)
+            loss = loss + share * imitation(wanted, got, answers, **how)
         return loss
 
 
