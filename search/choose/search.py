@@ -26,7 +26,6 @@ from tvm_lowrank.bridge.calibrate import predict
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.data.measure import POINTS, Rows
 from tvm_lowrank.data.metric import INTERVAL, Metric
-from tvm_lowrank.data.parts import Outputs
 from tvm_lowrank.data.splits import Splits
 from tvm_lowrank.errors import TimeUp
 from tvm_lowrank.formats import FLOAT32, FORMATS
@@ -178,7 +177,7 @@ class Search:
         return answers_of(self.mod["main"])
 
     @cached_property
-    def dense_selection(self) -> Outputs:
+    def dense_selection(self) -> np.ndarray:
         """The dense network's outputs on the selection images."""
         return self._answers(self.mod)
 
@@ -401,7 +400,7 @@ class Search:
             self.times.rest()
         return self.networks(plan, fit)
 
-    def _answers(self, mod: IRModule) -> Outputs:
+    def _answers(self, mod: IRModule) -> np.ndarray:
         return predict(TorchBridge(mod), self.splits.selection[0])
 
     def _judged(self, bridge: TorchBridge) -> Judged:

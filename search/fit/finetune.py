@@ -1,6 +1,7 @@
-"""Fine-tuning, with labels where there are classes: backpropagation through a compressed network, with the dense one as its teacher.
+"""Fine-tuning: backpropagation through a compressed network, with the dense one as its teacher, and class labels.
 
-The loss is (1 - a) cross-entropy(labels) + a (T^2 KL(teacher at T || student at T) + f errors). The former is Hinton et
+The loss is (1 - a) cross-entropy(labels) + a (T^2 KL(teacher at T || student at T) + f errors); where outputs are no
+class scores there are no labels, and a is 1. The former is Hinton et
 al.'s distillation (2015), and the errors are those of the inputs of all sites, as in the reconstruction
 (`tvm_lowrank.searching.fit.reconstruct`): without them the student learns the teacher's answers for the training images
 by heart, and gets hardly nearer to it on others. The epoch that is nearest to the dense network on the selection images
@@ -86,7 +87,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Judged:
-    """A network on the selection split: its damage, in nats an image, and the metric's value, in percent or by its own sign."""
+    """A network on the selection split: its damage, in nats an image, and the metric's value, with the sign behind."""
 
     damage: float
     score: float
@@ -155,8 +156,9 @@ def finetune(
     ----------
     bridge : the compressed network.
     batches : the (images, labels) batches of an epoch by its number, as from `training_data.load_training`: float32
-        NCHW, and int64 (n,) where outputs are class scores (n, classes), or None: then it imitates the teacher only. For a resumed run to give the same bits they must depend on nothing but that number and
-        the global generators of torch, numpy and Python, which are seeded for every epoch.
+        NCHW, and int64 (n,) or None: then it imitates the teacher only. For a resumed run to give the same bits they
+        must depend on nothing but that number and the global generators of torch, numpy and Python, which are seeded
+        for every epoch.
     teacher : the dense network.
     judge : a network on the selection split.
     folder : where the checkpoint is kept. A run that was killed goes on from it, and one that ended is not repeated.
@@ -241,8 +243,8 @@ def _epochs(
             left = (time.monotonic() - started) / (number - first + 1) * (epochs - number)
             workers.say(
                 f"epoch {number} of {epochs}: loss {loss:.3f}; on the selection images {judged.damage:.4f} nats of "
-                f"damage, {judged.score:.2f} {judged.sign}; best epoch {result.best} (before training {result.start.damage:.4f})"
-                + (f"; {left:.0f} s left" if number < epochs else "")
+                f"damage, {judged.score:.2f} {judged.sign}; best epoch {result.best} (before training "
+                f"{result.start.damage:.4f})" + (f"; {left:.0f} s left" if number < epochs else "")
             )
             yield _State(result, best, weights, optimiser) if number < epochs else _State(result, best, [], {})
 
@@ -312,7 +314,9 @@ class _Trainer:
             if logits.dim() != 2:
                 shape = "x".join(map(str, logits.shape))
                 raise UserError(f"the model's outputs have shape {shape}; labels need class scores, images x classes")
-            loss = loss + (1 - share) * F.cross_entropy(answers.logits(logits)[:, 0], labels)
+            if answers.probabilities:
+                logits = answers.logits(logits)[:, 0]
+            loss = loss + (1 - share) * F.cross_entropy(logits, labels)
         if share:
             with torch.no_grad():
                 wanted = watched(self._teacher, images)

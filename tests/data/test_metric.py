@@ -10,20 +10,45 @@ from hypothesis.extra import numpy as hnp
 
 from tvm_lowrank.data.metric import accuracy, evaluate, load_metric, paired_drop
 from tvm_lowrank.errors import UserError
-from tvm_lowrank.quantities import points as points_of
+from tvm_lowrank.options import SearchOptions
+from tvm_lowrank.quantities import Budget, budget
 
 
 @pytest.mark.parametrize(
     ("text", "points"), [("1%", 1), ("0.5%", 0.5), ("1", 1), (" .25 % ", 0.25), ("0", 0), ("100%", 100)]
 )
 def test_budget(text: str, points: float) -> None:
-    assert points_of(text) == points
+    assert budget(text).within("points", "top1") == points
 
 
 @pytest.mark.parametrize("text", ["banana", "-1%", "150%", "", "%", "nan", "inf", "1e3", "1,5%", "1%%", "1 2", "²"])
 def test_bad_budget(text: str) -> None:
     with pytest.raises(UserError, match=r"write e\.g\. 1%"):
-        points_of(text)
+        budget(text)
+
+
+def test_a_budget_in_the_unit_of_the_metric() -> None:
+    assert budget("0.5dB") == budget(" 0.5 dB") == Budget(0.5, "dB")
+    assert budget("0.5 dB").within("dB", "psnr") == budget("0.5").within("dB", "psnr") == 0.5
+    assert budget("300").within("dB", "psnr") == 300
+    for text, unit, message in (
+        ("1%", "dB", r"1%, but psnr counts in dB; write e\.g\. 0\.5dB"),
+        ("1dB", "points", r"1dB, but psnr counts in points; write e\.g\. 0\.5%"),
+        ("101", "points", "from 0 to 100"),
+    ):
+        with pytest.raises(UserError, match=message):
+            budget(text).within(unit, "psnr")
+
+
+def test_what_a_search_may_lose() -> None:
+    assert SearchOptions().allowed("points", "top1") == 1
+    assert SearchOptions(budget=0.25).allowed("dB", "psnr") == SearchOptions(budget="0.25dB").allowed("dB", "psnr")
+    assert SearchOptions(max_latency=1.0).allowed("dB", "psnr") == 1
+    with pytest.raises(UserError, match=r"psnr counts in dB; give a --budget such as 0\.5dB"):
+        SearchOptions().allowed("dB", "psnr")
+    for wrong in (-1.0, float("nan"), "two"):
+        with pytest.raises(UserError, match="is not a number of points"):
+            SearchOptions(budget=wrong)
 
 
 def test_top_k_agrees_with_sorting() -> None:
@@ -94,7 +119,7 @@ def test_own_function_that_fails(tmp_path: Path, body: str, message: str) -> Non
 
 
 def test_unknown_metrics(tmp_path: Path) -> None:
-    for spec, message in (("f1", "unknown metric 'f1'"), ("no.py:f", "no such file"), ("math:pi", "not a function")):
+    for spec, message in (("f2", "unknown metric 'f2'"), ("no.py:f", "no such file"), ("math:pi", "not a function")):
         with pytest.raises(UserError, match=message):
             load_metric(spec)
 

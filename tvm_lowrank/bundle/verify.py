@@ -165,7 +165,8 @@ def print_manifest(manifest: Mapping[str, Any]) -> None:
         print("accuracy was not measured: no data" + (f"; predicted damage {damage:.4f} nats" if damage else ""))
         return
     table(
-        f"accuracy ({a['metric']}, {_sign(a)}), evaluation split, looked at {a['looks']} time{'s' if a['looks'] != 1 else ''}",
+        f"accuracy ({a['metric']}, {_sign(a)}), evaluation split, looked at {a['looks']} "
+        f"time{'s' if a['looks'] != 1 else ''}",
         ("images", "dense", "compressed", "drop", "95% interval"),
         [_accuracy(a["n"], a["dense"], a["compressed"], a["drop"], a["ci95"])],
     )

@@ -32,7 +32,7 @@ def one(outputs: Outputs, metric: str) -> np.ndarray:
     """The only output of a network; UserError if there are several."""
     if isinstance(outputs, tuple):
         raise UserError(
-            f"{metric} takes one output, the network has {len(outputs)}; choose one by --metric {metric}:file.py:function"
+            f"{metric} takes one output, the network has {len(outputs)}; choose one by {metric}:file.py:function"
         )
     return outputs
 

@@ -148,9 +148,7 @@ def precision(rows: Rows, kind: str, overlaps: Sequence[float] | None = None) ->
             run.params.kpt_oks_sigmas = np.full(points, SIGMA)
         run.evaluate()
     classes = len(run.params.catIds)
-    matches = np.empty(classes * len(rows), object)
-    matches[:] = run.evalImgs
-    matches = matches.reshape(classes, len(rows))
+    matches = objects(run.evalImgs).reshape(classes, len(rows))
 
     def value(picked: np.ndarray) -> float:
         if not classes:

@@ -106,7 +106,7 @@ def _plain(value: Any) -> Any:
     """Tensors, and what says that it is an array, as arrays; everything else as it is."""
     if callable(getattr(value, "detach", None)):
         value = value.detach().cpu()
-    return np.array(value) if hasattr(value, "__array__") and not isinstance(value, np.ndarray) else value
+    return np.asarray(value) if hasattr(value, "__array__") and not isinstance(value, np.ndarray) else value
 
 
 def _together(items: list[Any], put: Callable[[list[np.ndarray]], np.ndarray], what: str) -> Targets:

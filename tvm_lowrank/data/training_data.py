@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tvm_lowrank.data.form import Form, Stats, form_of
-from tvm_lowrank.data.given import as_array, is_batch
+from tvm_lowrank.data.given import as_array, is_batch, is_whole
 from tvm_lowrank.data.reference import absolute, load_object, summary
 from tvm_lowrank.data.splits import IN_MEMORY
 from tvm_lowrank.data.targets import none_for
@@ -169,7 +169,7 @@ def _called(function: Any, source: str, *arguments: int) -> Any:
 
 def _epochs(value: Any, source: str, form: Form, labelled: bool) -> Any:
     """What the factory returned, as a function of the epoch or as batches for every epoch."""
-    if isinstance(value, (tuple, list)) and len(value) == 2 and not is_batch(value[0]):
+    if is_whole(value):
         return _shuffled(value[0], value[1], form, labelled)
     if isinstance(value, Iterator):
         raise UserError(
