@@ -87,7 +87,9 @@ def test_lists_of_objects_in_every_form() -> None:
 
 def test_calibration_may_be_batches_with_targets_of_any_form() -> None:
     for loader in (DataLoader(Pairs(X + 1), batch_size=2), Pairs(X + 1), Pairs(BOXES)):
-        splits = load_data({"calibration": loader, "selection": (X, BOXES), "evaluation": (X, BOXES)}, input_shape=SHAPE)
+        splits = load_data(
+            {"calibration": loader, "selection": (X, BOXES), "evaluation": (X, BOXES)}, input_shape=SHAPE
+        )
         np.testing.assert_array_equal(splits.calibration[:], X)
 
 
@@ -133,7 +135,11 @@ def test_bad_targets(targets: Any, message: str) -> None:
 
 
 def test_a_batch_with_another_number_of_targets() -> None:
-    for targets, message in ((MASKS[:1], "1 for a batch of 2 images"), ({"a": MASKS}, "5 for a batch of 2"), (3, "int")):
+    for targets, message in (
+        (MASKS[:1], "1 for a batch of 2 images"),
+        ({"a": MASKS}, "5 for a batch of 2"),
+        (3, "int"),
+    ):
         with pytest.raises(UserError, match=message):
             load([(X[:2], targets), (X[2:], MASKS[2:]), (X, MASKS)])
 

@@ -16,7 +16,7 @@ from tvm_lowrank.errors import UserError
 
 DECIBEL = Unit("dB", "dB", 1.0)
 MOST_DECIBEL = 100.0  # of a picture that is exactly right
-MASKS = 256  # classes that masks may have which a function of the user's makes
+MASKS = 255  # classes of masks that a function of the user's makes; 255 is no class as a rule
 
 
 def library(name: str, metric: str) -> Any:

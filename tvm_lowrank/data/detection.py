@@ -71,7 +71,10 @@ def boxes_in(item: Any, what: str, found: bool) -> Found:
             raise UserError(f"{what} have shape {values.shape}; give a mapping of boxes, labels" + ", scores" * found)
         values = values[values[:, 4] >= 0]
         item = {"boxes": values[:, :4], "labels": values[:, 4]}
-    boxes = _part(item, "boxes", what).reshape(-1, 4)
+    boxes = _part(item, "boxes", what)
+    if boxes.size and (boxes.ndim != 2 or boxes.shape[1] != 4):
+        raise UserError(f"{what}: boxes have shape {boxes.shape}; give x1, y1, x2, y2 of each")
+    boxes = boxes.reshape(-1, 4)
     return {"boxes": boxes, **_others(item, what, found, len(boxes), "labels")}
 
 
