@@ -98,11 +98,11 @@ def test_mean_iou_of_masks(tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
     arrays = {f"{name}_{axis}": splits[name][i] for name in ("selection", "evaluation") for i, axis in enumerate("xy")}
     np.savez(tmp_path / "data.npz", calibration_x=splits["calibration"], **arrays)
     out, cache = tmp_path / "out", tmp_path / "cache"
-    asked = {"data": tmp_path / "data.npz", "metric": "mean-iou", "budget": 4.0, "out": out, "cache": cache}
+    asked = {"data": tmp_path / "data.npz", "metric": "mean-iou", "budget": 3.0, "out": out, "cache": cache}
     manifest = tvm_lowrank.search(model=net, input_shape=SHAPE, **asked, **OPTIONS)
     accuracy = manifest["accuracy"]
     assert (accuracy["metric"], accuracy["unit"]) == ("mean-iou", "points")
-    assert 85 < accuracy["dense"] < 95 and accuracy["drop"] <= 4
+    assert 85 < accuracy["dense"] < 95 and accuracy["drop"] <= 3
     low, high = accuracy["ci95"]
     assert low <= accuracy["drop"] <= high and 0 < high - low < 4
     assert any(site["method"] == "channel" for site in manifest["sites"]) and manifest["speedup"] > 1
