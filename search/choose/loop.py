@@ -116,6 +116,10 @@ def explore(
         search.check_time()
         result = evaluate(search.placed(limit))
         learn(result)
+        if result.fit == "decomposed" and search.foreseen_drop(result) <= search.budget and search.is_fastest(result):
+            # nothing faster is looked for, so that what was foreseen must be seen now
+            result = search.evaluate(result.placed, search.networks.recovery)
+            learn(result)
         inside = [own for own in tried if search.foreseen_drop(own) <= search.budget]
         foreseen = " when it is recovered" if result.fit == "decomposed" else ""
         verdict = "kept" if result in inside else "over budget"

@@ -52,9 +52,8 @@ def read_labelled(
     there may be none.
     """
     x_name, y_name = f"{split} images", f"{split} targets"
-    pair = is_whole(value)
+    pair = is_whole(value, labelled=labelled)
     if not labelled:
-        pair = pair and (isinstance(value, tuple) or _dims(value[0]) != _dims(value[1]))
         images = read_images(value[0] if pair else value, x_name, split, form, folder)
         return images, none_for(len(images))
     if pair:
@@ -106,11 +105,13 @@ def is_batch(item: Any) -> bool:
     return images > targets or images > 3 or (images == 3 and isinstance(item, tuple))
 
 
-def is_whole(value: Any) -> bool:
-    """Whether a value is a pair of all images and their targets rather than two batches of both."""
-    if not _is_pair(value) or not is_batch(value[0]):
-        return _is_pair(value)
+def is_whole(value: Any, *, labelled: bool = True) -> bool:
+    """Whether a value is a pair of all images and their targets rather than two batches, of both or of images."""
+    if not _is_pair(value):
+        return False
     first, second = value
+    if not is_batch(first):
+        return labelled or isinstance(value, tuple) or _dims(first) != _dims(second)
     if isinstance(first, tuple) or _dims(first[0]) > _dims(first[1]):
         return False
     # two arrays of images, or images and targets of their form

@@ -171,11 +171,6 @@ def of_sums(function: Callable[[np.ndarray], float]) -> Callable[[Rows], Statist
     return lambda rows: lambda picked: function(np.bincount(picked, minlength=len(rows)) @ rows)
 
 
-def accuracy(scores: np.ndarray) -> float:
-    """The mean of the scores (n,), in percent."""
-    return 100 * float(np.mean(scores))
-
-
 def paired_drop(
     dense: np.ndarray, compressed: np.ndarray, *, confidence: float = 0.95
 ) -> tuple[float, tuple[float, float]]:

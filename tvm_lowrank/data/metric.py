@@ -21,7 +21,6 @@ from tvm_lowrank.data.measure import (
     Rows,
     Statistic,
     Unit,
-    accuracy,
     paired_drop,
     unit_called,
 )
@@ -29,7 +28,7 @@ from tvm_lowrank.data.parts import Outputs, Targets, count, each, objects, take
 from tvm_lowrank.data.reference import absolute, is_reference, load_object, summary
 from tvm_lowrank.errors import UserError
 
-__all__ = ["INTERVAL", "Metric", "accuracy", "evaluate", "load_metric", "paired_drop", "tried"]
+__all__ = ["INTERVAL", "Metric", "evaluate", "load_metric", "paired_drop", "tried"]
 
 BUILT_IN = {**SIMPLE, "voc-map": detection.voc, "coco-map": detection.coco, "oks-map": detection.oks}
 TRIED, TRIED_AGAIN = 2, 64  # images; more where two say nothing to a function of the whole split

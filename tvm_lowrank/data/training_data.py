@@ -169,7 +169,7 @@ def _called(function: Any, source: str, *arguments: int) -> Any:
 
 def _epochs(value: Any, source: str, form: Form, labelled: bool) -> Any:
     """What the factory returned, as a function of the epoch or as batches for every epoch."""
-    if is_whole(value):
+    if is_whole(value, labelled=labelled):
         return _shuffled(value[0], value[1], form, labelled)
     if isinstance(value, Iterator):
         raise UserError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,11 @@ from torch import nn
 import tvm_lowrank
 from support.command import Run
 from tvm_lowrank.bundle.verify import print_manifest, verify
+from tvm_lowrank.data.parts import objects
 from tvm_lowrank.plan import Choice
+from tvm_lowrank.searching.commands.deliver import _once
 from tvm_lowrank.searching.fit import reconstruct
+from tvm_lowrank.searching.journal import Journal
 
 SIZE, COUNT = 16, 80
 
@@ -221,6 +225,23 @@ def sites_of(net: nn.Module) -> Any:
     from tvm_lowrank.importers.importer import import_model
 
     return find_sites(import_model(net, input_shape=SHAPE))
+
+
+@pytest.mark.parametrize(("rows", "times"), [(np.eye(3), 1), (np.arange(3), 1), (objects([(1,), "a", None]), 2)])
+def test_rows_that_the_journal_cannot_keep_are_made_again(tmp_path: Path, rows: np.ndarray, times: int) -> None:
+    """By a search that is resumed; it is one look all the same."""
+    made: list[np.ndarray] = []
+
+    def judge() -> np.ndarray:
+        made.append(rows)
+        return rows
+
+    for _ in range(2):
+        journal = Journal(tmp_path / "journal", {})
+        found = _once(SimpleNamespace(journal=journal), "look", "plan", judge)  # type: ignore[arg-type]
+        assert found.tolist() == rows.tolist() and len(journal.of_kind("look")) == 1
+        journal.close()
+    assert len(made) == times
 
 
 FILE = f"""
