@@ -34,7 +34,7 @@ from tvm_lowrank.methods import Chain, Factors, Moments, decompose, factorise
 from tvm_lowrank.methods.moments import white
 from tvm_lowrank.options import DEFAULT_METHODS, SearchOptions
 from tvm_lowrank.plan import Choice, Plan
-from tvm_lowrank.quantities import input_shape, points
+from tvm_lowrank.quantities import budget, input_shape
 from tvm_lowrank.searching.candidates import site_macs
 from tvm_lowrank.searching.choose import search, sensitivity
 from tvm_lowrank.searching.choose.networks import Networks
@@ -143,7 +143,7 @@ def main() -> None:
             model=args.model,
             input_shape=args.input_shape,
             data=args.data,
-            budget=points(args.budget),
+            budget=budget(args.budget).within("points", "top1"),
             methods=methods,
             cache=args.out / "cache",
             force=True,

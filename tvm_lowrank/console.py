@@ -31,7 +31,7 @@ T = TypeVar("T")
 messages = Console(stderr=True, highlight=False)
 results = Console(highlight=False)
 _live: Progress | None = None
-_plans: list[tuple[float, float, str]] = []  # of this search: speed-up, drop in points, what was found
+_plans: list[tuple[float, float, str, str]] = []  # of this search: speed-up, drop, its unit, what was found
 
 
 class Advance(Protocol):
@@ -45,11 +45,11 @@ def phase(text: str) -> None:
     _say(messages, text)
 
 
-def tried(speedup: float, drop: float, verdict: str) -> None:
-    """Say what a plan that was evaluated is worth: how much faster its convolutions are, and its drop in points."""
-    _plans.append((speedup, drop, verdict))
+def tried(speedup: float, drop: float, verdict: str, *, unit: str = "points") -> None:
+    """Say what a plan that was evaluated is worth: how much faster its convolutions are, and its drop."""
+    _plans.append((speedup, drop, unit, verdict))
     if _live is None:
-        phase(f"plan {len(_plans)}: convolutions {speedup:.2f}x faster, selection drop {drop:+.2f} points, {verdict}")
+        phase(f"plan {len(_plans)}: convolutions {speedup:.2f}x faster, selection drop {drop:+.2f} {unit}, {verdict}")
 
 
 def expect(seconds: float) -> None:
@@ -82,8 +82,8 @@ class _View(Progress):
             if outermost.total is not None and outermost.fields["clock"]:
                 self.update(outermost.id, completed=min(outermost.elapsed or 0.0, outermost.total))
         if _plans:
-            rows = [(f"{speedup:.2f}x", f"{drop:+.2f}", verdict) for speedup, drop, verdict in sorted(_plans)[::-1]]
-            yield _shown("plans so far", ("convolutions faster", "selection drop", ""), rows)
+            rows = [(f"{speedup:.2f}x", f"{drop:+.2f}", verdict) for speedup, drop, _, verdict in sorted(_plans)[::-1]]
+            yield _shown("plans so far", ("convolutions faster", f"selection drop, {_plans[0][2]}", ""), rows)
         yield from super().get_renderables()
 
 

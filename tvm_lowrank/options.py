@@ -129,7 +129,13 @@ class MetricOptions(DataOptions):
     """Data, and what a right answer is."""
 
     TITLE: ClassVar[str] = "Data"
-    metric: str = option("top1, top5 or file.py:function (of outputs and labels, 0 to 1 an image).", default="top1")
+    metric: str = option(
+        "top1, top5, f1, mean-iou, dice, psnr, ssim, verification, voc-map, coco-map or oks-map; agreement or "
+        "relative-error, which need no targets; or file.py:function of (outputs, targets), which returns a number from "
+        "0 to 1 for each image or for all. NAME:file.py:function is a metric of what the function makes of the "
+        "outputs, such as coco-map of the boxes in them (see docs/metrics.md).",
+        default="top1",
+    )
     output: str | None = option(
         "What the outputs are, by which damage is counted: scores, scores:AXIS (of classes), multilabel, regression "
         "or embedding; left out, the network's end tells.",
@@ -266,10 +272,11 @@ class SearchOptions(MethodOptions, SeedOptions, BundleOptions):
     """`tvm_lowrank search`."""
 
     TITLE: ClassVar[str] = "Search"
-    budget: float | None = option(
-        "Accuracy that may be lost, in points of the metric: 1% (the default) or 0.5%.",
+    budget: float | str | quantities.Budget | None = option(
+        "What the metric may lose: 1% (points, the default) or 0.5%; 0.5dB for one that counts in dB.",
         default=None,
-        read=quantities.points,
+        read=quantities.budget,
+        python="A number is in the metric's unit.",
     )
     max_latency: float | None = option(
         "Instead of a budget: the most accurate network that takes at most 5ms, 800us or 0.005s.",
@@ -305,6 +312,8 @@ class SearchOptions(MethodOptions, SeedOptions, BundleOptions):
             raise UserError("--stages without --finetune; between stages the network is trained with labels")
         if self.time_limit is not None and self.time_limit <= 0:
             raise UserError("--time-limit must be positive; e.g. 600, 10m or 2h")
+        if self.budget is not None:
+            _ = self._budget  # UserError if it is none
         if self.budget is not None and self.max_latency is not None:
             raise UserError("--budget and --max-latency exclude each other; leave one out")
         if self.max_latency is not None and self.frontier:
@@ -320,10 +329,27 @@ class SearchOptions(MethodOptions, SeedOptions, BundleOptions):
         if self.model is None and self.data is not None:
             raise UserError("--data without --model; name the model that the data belongs to")
 
+    def allowed(self, unit: str, metric: str) -> float:
+        """The budget in a metric's unit.
+
+        Raises
+        ------
+        UserError
+            If it is in another one, or was left out where a point is none.
+        """
+        if self.budget is None:
+            if unit != "points" and self.max_latency is None:
+                raise UserError(f"{metric} counts in {unit}; give a --budget such as 0.5{unit}")
+            return 1.0
+        return self._budget.within(unit, metric)
+
     @property
-    def points(self) -> float:
-        """The budget."""
-        return 1.0 if self.budget is None else self.budget
+    def _budget(self) -> quantities.Budget:
+        """What was given, from Python perhaps as a text or a number."""
+        given = self.budget
+        if isinstance(given, quantities.Budget):
+            return given
+        return quantities.budget(given if isinstance(given, str) else f"{given:.9f}")
 
 
 def grouped(options: type[Options]) -> Mapping[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 from tvm_lowrank.errors import UserError
@@ -41,18 +42,38 @@ def checked_shapes(shape: Shape | tuple[Shape, ...]) -> tuple[Shape, ...]:
     return tuple(tuple(own) for own in shapes)
 
 
-def points(text: str) -> float:
-    """The accuracy that may be lost, in points: ``1%``, ``0.5%`` or ``1`` (points as well).
+@dataclass(frozen=True)
+class Budget:
+    """What a metric may lose: ``unit`` is "%" (points), another such as "dB", or "", that of the metric."""
+
+    value: float
+    unit: str = ""
+
+    def within(self, unit: str, metric: str) -> float:
+        """The value in the metric's unit, "points" or another; UserError if it is in another one."""
+        own = "%" if unit == "points" else unit
+        if self.unit not in ("", own):
+            raise UserError(f"--budget {self.value:g}{self.unit}, but {metric} counts in {unit}; write e.g. 0.5{own}")
+        if own == "%" and self.value > 100:
+            raise UserError(f"--budget {self.value:g} is not a number of points from 0 to 100; write e.g. 1% or 0.5%")
+        return self.value
+
+
+def budget(text: str) -> Budget:
+    """What may be lost: ``1%`` (points), ``0.5 dB``, or ``1`` in the metric's own unit.
 
     Raises
     ------
     UserError
-        If the text is not a number from 0 to 100.
+        If the text is not such a number, or more than 100 %.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*%?", text.strip(), re.ASCII)
-    if not match or not 0 <= float(match[1]) <= 100:
-        raise UserError(f"budget {text!r} is not a number of points from 0 to 100; write e.g. 1% or 0.5%")
-    return float(match[1])
+    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*(%|[^\W\d_]*)", text.strip(), re.ASCII)
+    found = Budget(float(match[1]), match[2]) if match else None
+    if found is None or (found.unit == "%" and found.value > 100):
+        raise UserError(
+            f"budget {text!r} is not a number of points from 0 to 100 or of a metric's unit; write e.g. 1% or 0.5dB"
+        )
+    return found
 
 
 def milliseconds(text: str) -> float:

@@ -91,18 +91,6 @@ def with_inputs(mod: IRModule, shapes: Sequence[Shape], *, name: str = "main") -
     return IRModule(functions, attrs=mod.attrs)
 
 
-def concatenated(parts: Sequence[Any]) -> Any:
-    """The outputs of several runs, arrays or tuples of them, as those of all their images."""
-    if isinstance(parts[0], tuple):
-        return tuple(np.concatenate(own) for own in zip(*parts, strict=True))
-    return np.concatenate(parts)
-
-
-def first(outputs: Any, count: int) -> Any:
-    """The outputs, an array or a tuple of them, of so many images."""
-    return tuple(own[:count] for own in outputs) if isinstance(outputs, tuple) else outputs[:count]
-
-
 def as_arrays(outputs: Any) -> Any:
     """What a library returns, a tensor or several, as an array or a tuple of them."""
     return outputs.numpy() if hasattr(outputs, "numpy") else tuple(own.numpy() for own in outputs)

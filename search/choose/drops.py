@@ -14,14 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tvm_lowrank.data.measure import ACCURACY, Cost
 from tvm_lowrank.searching.damage import DamageCurve
 
-# points = rate * nats ** POWER. Of 8,000 or 10,000 test images, twenty networks that the bundled one became, refitted,
-# reconstructed and fine-tuned, of 0.010 to 0.10 nats, lose 0.6 to 4.9 points: rates of 24 to 31. Two ResNet-20s: 26. A
-# ResNet-50 on photographs: 7 to 11
-POWER = 0.8
-RATE = 20.0
-UNSURE = 1.0  # standard deviation of the rate's logarithm: with labels that are the dense answers rates are 50 to 100
 SPREAD = 0.07  # of the points of a damage: standard deviation of what networks of this damage lose
 COUNTS = 4  # networks that this spread counts as, against those of another metric or task that spread more
 SURPRISE = 2.0  # standard errors beyond which it is not luck that a network loses other points than its damage
@@ -34,22 +29,21 @@ LEFT = {"refitted": 0.65, "reconstructed": 0.45}
 
 @dataclass(frozen=True)
 class Counted:
-    """What evaluating a network gave: damage in nats, points that it is likely to lose, and their standard error."""
+    """What evaluating a network gave: damage in nats, what it is likely to lose, and the standard error of that."""
 
     damage: float
     drop: float
     error: float
 
-    @property
-    def power(self) -> float:
-        """What the points of a damage are proportional to."""
-        return float(max(self.damage, 0.0) ** POWER)
-
 
 class Rate:
-    """What damages, in nats on the selection images, are likely to cost in points, of networks fitted in any way."""
+    """What damages, in nats on the selection images, are likely to cost, of networks fitted in any way.
 
-    def __init__(self) -> None:
+    ``cost`` is what is expected at first: points, or what else the metric counts in, are the rate x nats ** its power.
+    """
+
+    def __init__(self, cost: Cost = ACCURACY) -> None:
+        self._cost = cost
         self._known: dict[str, Counted] = {}
 
     def learn(self, network: str, counted: Counted) -> None:
@@ -62,35 +56,44 @@ class Rate:
 
         All count the same images and err together, so their errors add up as their points do.
         """
-        known = self._known.values()
-        points, nats = sum(own.drop for own in known), sum(own.power for own in known)
-        error = sum(own.error for own in known) + SPREAD * max(RATE * nats, points)
+        known, first = self._known.values(), self._cost.rate
+        points, nats = sum(own.drop for own in known), sum(self._power(own.damage) for own in known)
+        error = sum(own.error for own in known) + SPREAD * max(first * nats, points)
+        farthest = 100.0**self._cost.unsure
         # a metric of another kind may cost any number of its units
-        highest = max(RATE * 100, 10 * points / max(nats, 1e-12))
-        rates = np.geomspace(RATE / 100, highest, 2001)
-        unlikely = (np.log(rates / RATE) / UNSURE) ** 2 + ((points - rates * nats) / max(error, 1e-12)) ** 2
+        highest = max(first * farthest, 10 * points / max(nats, 1e-12))
+        rates = np.geomspace(first / farthest, highest, 2001)
+        unlikely = (np.log(rates / first) / self._cost.unsure) ** 2 + ((points - rates * nats) / max(error, 1e-12)) ** 2
         weights = np.exp((unlikely.min() - unlikely) / 2)
         return float(np.exp(np.average(np.log(rates), weights=weights)))
 
     def expected(self, counted: Counted) -> float:
         """Points that a network loses: those of its damage, and the better its own were counted, these."""
         rate = self.value
-        points = rate * counted.power
+        points = rate * self._power(counted.damage)
         spread = (self._spread(rate) * points) ** 2
         return points + spread / max(spread + counted.error**2, 1e-12) * (counted.drop - points)
 
     def _spread(self, rate: float) -> float:
         """How much of their points networks of the same damage differ in, by those that luck does not explain."""
         surprises = [
-            max(0.0, abs(own.drop - rate * own.power) - SURPRISE * own.error) / max(rate * own.power, 1e-12)
+            max(0.0, abs(own.drop - rate * self._power(own.damage)) - SURPRISE * own.error)
+            / max(rate * self._power(own.damage), 1e-12)
             for own in self._known.values()
         ]
         known = COUNTS * SPREAD**2 + sum(surprise**2 for surprise in surprises)
         return math.sqrt(known / (COUNTS + len(surprises)))
 
+    def points(self, damage: float) -> float:
+        """What a damage in nats costs."""
+        return self.value * self._power(damage)
+
     def damage(self, drop: float) -> float:
         """Nats at which so many points are lost."""
-        return float((max(drop, 0.0) / self.value) ** (1 / POWER))
+        return float((max(drop, 0.0) / self.value) ** (1 / self._cost.power))
+
+    def _power(self, damage: float) -> float:
+        return float(max(damage, 0.0) ** self._cost.power)
 
 
 class Recovery:

@@ -18,6 +18,7 @@ from scipy.optimize import minimize_scalar
 
 from tvm_lowrank.bridge.answers import SCORES, Answers, Meaning
 from tvm_lowrank.data.metric import Metric
+from tvm_lowrank.data.parts import Outputs, Targets
 
 DRAWS = 32  # labels of each image
 MOST = 3.0  # standard errors, and half an image, by which the likely score may differ from the counted one
@@ -35,15 +36,15 @@ class Likely:
     labels: np.ndarray
 
     @classmethod
-    def of(
-        cls, metric: Metric, dense: np.ndarray, labels: np.ndarray, answers: Meaning, *, seed: int = 0
-    ) -> Likely | None:
+    def of(cls, metric: Metric, dense: Outputs, labels: Targets, answers: Meaning, *, seed: int = 0) -> Likely | None:
         """By its outputs (n, classes), which mean ``answers``, and the labels (n,) of the same images.
 
-        None if the outputs are no scores of the labels' classes, or say nothing of how often the network is right.
+        None if the outputs are no scores of the labels' classes, as with any other outputs and targets, or say nothing
+        of how often the network is right.
         """
         if (
-            dense.ndim != 2
+            not (isinstance(dense, np.ndarray) and dense.ndim == 2)
+            or not (isinstance(labels, np.ndarray) and labels.ndim == 1 and labels.dtype.kind in "iu")
             or not isinstance(answers, Answers)
             or answers.kind != SCORES
             or not len(labels)

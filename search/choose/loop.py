@@ -116,11 +116,15 @@ def explore(
         search.check_time()
         result = evaluate(search.placed(limit))
         learn(result)
+        if result.fit == "decomposed" and search.foreseen_drop(result) <= search.budget and search.is_fastest(result):
+            # nothing faster is looked for, so that what was foreseen must be seen now
+            result = search.evaluate(result.placed, search.networks.recovery)
+            learn(result)
         inside = [own for own in tried if search.foreseen_drop(own) <= search.budget]
         foreseen = " when it is recovered" if result.fit == "decomposed" else ""
         verdict = "kept" if result in inside else "over budget"
         said = f"expected {search.foreseen_drop(result):+.2f}{foreseen}, {verdict}"
-        console.tried(search.dense_ms / result.ms, result.drop, said)
+        console.tried(search.dense_ms / result.ms, result.drop, said, unit=search.metric.unit.name)
         if result in inside and search.is_fastest(result):
             break
         if any(own.fit != "decomposed" and search.expected_drop(own) >= NEAR * search.budget for own in inside):

@@ -25,7 +25,8 @@ from tvm_lowrank.bridge.answers import Meaning
 from tvm_lowrank.bridge.calibrate import predict
 from tvm_lowrank.bridge.meaning import answers_of
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
-from tvm_lowrank.data.metric import INTERVAL, Metric, accuracy, paired_drop
+from tvm_lowrank.data.measure import POINTS, Rows
+from tvm_lowrank.data.metric import INTERVAL, Metric
 from tvm_lowrank.data.splits import Splits
 from tvm_lowrank.errors import TimeUp
 from tvm_lowrank.formats import FLOAT32, FORMATS
@@ -33,7 +34,7 @@ from tvm_lowrank.graph import Site, find_sites
 from tvm_lowrank.plan import Choice, Plan
 from tvm_lowrank.precision import possible, with_formats
 from tvm_lowrank.searching.choose.allocate import Option, allocate
-from tvm_lowrank.searching.choose.drops import LEFT, POWER, Counted, Rate, Recovery
+from tvm_lowrank.searching.choose.drops import LEFT, Counted, Rate, Recovery
 from tvm_lowrank.searching.choose.forecast import (
     DAMAGE,
     KERNELS,
@@ -51,6 +52,7 @@ from tvm_lowrank.searching.fit.finetune import Judged
 from tvm_lowrank.searching.fit.reconstruct import forward_passes
 from tvm_lowrank.searching.journal import Journal
 from tvm_lowrank.searching.latency.times import SiteTimes
+from tvm_lowrank.tensors import Tensors
 
 FIRST_LIMIT = 0.01  # nats: near the damage that costs a point, so that few steps are needed from here
 AIM = 0.9  # part of the budget at which plans are aimed
@@ -63,7 +65,7 @@ PROBING_ENDS, FIRST_TUNING_ENDS = 0.4, 0.55
 class Settings:
     """What the user asked of the search."""
 
-    budget: float  # points of the metric
+    budget: float  # in the unit of the metric
     methods: tuple[str, ...]
     lanes: int  # ranks are multiples of this
     synthetic: bool = False  # the images stand in for data that there is not
@@ -88,9 +90,9 @@ class Evaluated(Placed):
     """A plan whose fitted network was really evaluated on the selection split."""
 
     damage: float  # measured, nats, on the selection images
-    drop: float  # counted, points, on the selection split
-    error: float  # standard error of the drop, points
-    likely: float  # drop that is likely by the dense network's own probabilities, points
+    drop: float  # counted, in the metric's unit, on the selection split
+    error: float  # standard error of the drop
+    likely: float  # drop that is likely by the dense network's own probabilities
     likely_error: float  # its standard error
     fit: Fit
 
@@ -150,7 +152,7 @@ class Search:
         self.damage: dict[str, dict[Choice, float]] = {}  # of every candidate, in nats, once `probe` was called
         self.seconds: dict[str, float] = {}  # by phase, of this process
         self._begun = time.monotonic()
-        self._rate = Rate()
+        self._rate = Rate(metric.cost)
         self.sensitivity = Sensitivity(
             mod,
             splits.calibration,
@@ -177,13 +179,29 @@ class Search:
         return answers_of(self.mod["main"])
 
     @cached_property
+    def outputs(self) -> Tensors:
+        """The network's outputs; within the search several are one."""
+        return Tensors.of(self.mod["main"])
+
+    @cached_property
     def dense_selection(self) -> np.ndarray:
         """The dense network's outputs on the selection images."""
         return self._answers(self.mod)
 
     @cached_property
+    def dense_rows(self) -> Rows:
+        """The metric's rows of the dense network on the selection images."""
+        rows = self._rows(self.dense_selection)
+        value, metric = self.metric.value(rows), self.metric
+        if metric.labelled and metric.unit == POINTS and value <= 0:
+            console.warn(f"{metric.name} of the dense network is {value:.2f} %; do the targets, or its function, fit?")
+        return rows
+
+    @cached_property
     def likely(self) -> Likely | None:
         """What other answers on the selection images are likely to cost, if the dense network's tell."""
+        if not (self.metric.counted and self.metric.labelled):
+            return None
         found = Likely.of(
             self.metric, self.dense_selection, self.splits.selection[1], self.answers, seed=self.settings.seed
         )
@@ -301,17 +319,17 @@ class Search:
         how = f"{fit}, {training.name}," if fit == "finetuned" and training is not None else fit
 
         def judge() -> dict[str, Any]:
-            labels, logits = self.splits.selection[1], self._answers(self._fitted(placed.plan, fit))
-            before, after = self.metric.scores(self.dense_selection, labels), self.metric.scores(logits, labels)
-            drop, interval = paired_drop(before, after)
+            outputs = self._answers(self._fitted(placed.plan, fit))
+            rows = self._rows(outputs)
+            drop, interval = self.metric.drop(self.dense_rows, rows, seed=self.settings.seed)
             error = (interval[1] - interval[0]) / INTERVAL
-            likely, likely_error = (drop, error) if self.likely is None else self.likely.drop(logits)
+            likely, likely_error = (drop, error) if self.likely is None else self.likely.drop(outputs)
             return {
                 "plan": json.loads(placed.plan.to_json()),
                 "fit": fit,
                 "ms": placed.ms,
                 "predicted": placed.predicted,
-                "damage": divergence(self.answers, self.dense_selection, logits),
+                "damage": divergence(self.answers, self.dense_selection, outputs),
                 "drop": drop,
                 "error": error,
                 "likely": likely,
@@ -335,7 +353,10 @@ class Search:
     def tried(self) -> list[dict[str, Any]]:
         """The manifest's ``plans``: all that the journal has as evaluated; what each is expected to lose, all tell."""
         rows = [row for row in self.journal.of_kind("evaluation").values() if row["plan"]["sites"]]
-        rate, counted = Rate(), [Counted(row["damage"], row["likely"], row["likely_error"]) for row in rows]
+        rate, counted = (
+            Rate(self.metric.cost),
+            [Counted(row["damage"], row["likely"], row["likely_error"]) for row in rows],
+        )
         for row, own in zip(rows, counted, strict=True):
             rate.learn(f"{row['fit']} {row['plan']}", own)
         return [{**row, "expected": rate.expected(own)} for row, own in zip(rows, counted, strict=True)]
@@ -354,8 +375,8 @@ class Search:
 
     @property
     def budget(self) -> float:
-        """Points; less than half an image of the selection split is nothing."""
-        return max(self.settings.budget, 50 / max(1, len(self.splits.selection[1])))
+        """In the metric's unit; less than half an image of the selection split is nothing."""
+        return max(self.settings.budget, self.metric.half_an_image / max(1, len(self.splits.selection[1])))
 
     def aim(self, result: Evaluated) -> float:
         """The damage in nats at which the next plan is aimed, after this one."""
@@ -369,8 +390,7 @@ class Search:
         """Points that what is delivered for a plan loses, as in `expected_drop`."""
         if result.fit != "decomposed" or not result.plan:
             return self.expected_drop(result)
-        damage = self.foreseen(result)
-        return self._rate.value * max(damage, 0.0) ** POWER + self._margin(result)
+        return self._rate.points(self.foreseen(result)) + self._margin(result)
 
     def network(self, plan: Plan, fit: Fit) -> IRModule:
         """The network to deliver for a plan that was evaluated after this fit: recovered, if there is time."""
@@ -390,13 +410,15 @@ class Search:
     def _answers(self, mod: IRModule) -> np.ndarray:
         return predict(TorchBridge(mod), self.splits.selection[0])
 
+    def _rows(self, outputs: np.ndarray) -> Rows:
+        """The metric's rows of outputs on the selection images."""
+        return self.metric.scores(self.outputs.given(outputs), self.splits.selection[1])
+
     def _judged(self, bridge: TorchBridge) -> Judged:
         """A network on the selection split."""
-        images, labels = self.splits.selection
-        logits = predict(bridge, images)
-        return Judged(
-            divergence(self.answers, self.dense_selection, logits), accuracy(self.metric.scores(logits, labels))
-        )
+        outputs = predict(bridge, self.splits.selection[0])
+        value = self.metric.value(self._rows(outputs), self.dense_rows)
+        return Judged(divergence(self.answers, self.dense_selection, outputs), value, self.metric.unit.sign)
 
     def prepare(self) -> None:
         """Find the damage of all candidates, and time the dense network: the surrogate's first data."""

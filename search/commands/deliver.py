@@ -11,13 +11,15 @@ import numpy as np
 from tvm.ir import IRModule
 
 from tvm_lowrank import console
-from tvm_lowrank.bridge.calibrate import predict
+from tvm_lowrank.bridge.calibrate import answered
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.bundle.manifest import write_manifest
 from tvm_lowrank.bundle.portable import write_portable
 from tvm_lowrank.bundle.report import write_report
 from tvm_lowrank.data.images import part
-from tvm_lowrank.data.metric import Metric, accuracy, evaluate, paired_drop
+from tvm_lowrank.data.measure import Rows
+from tvm_lowrank.data.metric import Metric, evaluate
+from tvm_lowrank.data.parts import take
 from tvm_lowrank.data.splits import Splits, fingerprint
 from tvm_lowrank.files import copy, write_text
 from tvm_lowrank.graph import Site, find_sites
@@ -32,6 +34,8 @@ from tvm_lowrank.searching.commands.libraries import ORIGINAL, Delivery, Library
 from tvm_lowrank.searching.latency.oracle import LatencyOracle
 from tvm_lowrank.searching.latency.times import SiteTimes
 from tvm_lowrank.searching.measure.device import Device
+
+MOST_KEPT = 2**18  # numbers of a look in the journal
 
 
 def deliver(search: Search, kept: Sequence[Evaluated], oracle: LatencyOracle, delivery: Delivery) -> dict[str, Any]:
@@ -175,7 +179,7 @@ def _libraries(
     search: Search, kept: Sequence[Evaluated], oracle: LatencyOracle, delivery: Delivery
 ) -> tuple[Plan, IRModule, dict[str, Any]]:
     """Build and judge plans until one passes: it, its network, and its manifest without the seconds."""
-    out, budget = delivery.out, search.settings.budget
+    out, budget, unit = delivery.out, search.settings.budget, search.metric.unit.name
     dense = build_dense(search.mod, search.dense, oracle, delivery)
     dense_scores = looked(search, dense, delivery, Plan(), description="accuracy, dense library")
     original = float32_scores(search, dense_scores)
@@ -183,17 +187,17 @@ def _libraries(
     chosen, network, scores = Plan(), dense.mod, dense_scores
     candidate = kept[0] if kept else None
     while candidate is not None:
-        console.phase(f"building the plan with {candidate.drop:+.2f} points of drop on the selection split")
+        console.phase(f"building the plan with {candidate.drop:+.2f} {unit} of drop on the selection split")
         library = build_library(search.network(candidate.plan, candidate.fit), oracle, delivery, "model.so")
         scores = looked(
             search, library, delivery, candidate.plan, candidate.fit, description="accuracy, compressed library"
         )
-        drop, interval = paired_drop(original, scores)
+        drop, interval = search.metric.drop(original, scores)
         if (interval[1] if search.settings.confident else drop) <= budget:
             chosen, network = candidate.plan, library.mod
             break
         console.warn(
-            f"{drop:+.2f} points of drop on the evaluation split ({interval[0]:+.2f} to {interval[1]:+.2f}); "
+            f"{drop:+.2f} {unit} of drop on the evaluation split ({interval[0]:+.2f} to {interval[1]:+.2f}); "
             "trying a milder plan"
         )
         candidate = milder(search, candidate, kept)
@@ -215,69 +219,85 @@ def _libraries(
     return chosen, network, manifest
 
 
-def judged(library: Library, splits: Splits, metric: Metric, device: Device, *, description: str) -> np.ndarray:
-    """The metric's scores of a library on the evaluation split, (n,).
+def judged(library: Library, splits: Splits, metric: Metric, device: Device, *, description: str) -> Rows:
+    """The metric's rows of a library on the evaluation split, (n, …).
 
     What is too much for an emulated device is computed by PyTorch, with which the library was found to agree.
     """
-    images, labels = splits.evaluation
+    images, targets = splits.evaluation
     here = slice(device.limit)
-    seen = part(images, here)
-    scores = evaluate(library.model, seen, labels[here], metric, description=description, chunk=device.chunk)
-    if len(scores) == len(images):
-        return scores
+    seen, own = part(images, here), take(targets, here)
+    rows = evaluate(library.model, seen, own, metric, description=description, chunk=device.chunk)
+    if len(rows) == len(images):
+        return rows
     rest = slice(device.limit, None)
-    reference = partial(predict, TorchBridge(library.mod))
-    others = evaluate(reference, part(images, rest), labels[rest], metric, description=f"{description}, in PyTorch")
-    return np.concatenate([scores, others])
+    reference, own = partial(answered, TorchBridge(library.mod)), take(targets, rest)
+    others = evaluate(reference, part(images, rest), own, metric, description=f"{description}, in PyTorch")
+    return np.concatenate([rows, others])
 
 
 def looked(
     search: Search, library: Library, delivery: Delivery, plan: Plan, fit: str = "", *, description: str
-) -> np.ndarray:
+) -> Rows:
     """`judged` once for a plan and its fit, and kept in the journal: a look at the evaluation split, but for dense."""
     judge = partial(judged, library, search.splits, search.metric, delivery.device, description=description)
     kind, key = ("look", f"{plan.to_json()} {fit}") if plan else ("scores", "dense")
-    return np.array(search.journal.once(kind, key, lambda: judge().tolist()))
+    return _once(search, kind, key, judge)
 
 
-def float32_scores(search: Search, dense_scores: np.ndarray) -> np.ndarray:
-    """The metric's scores of the network as it was given, (n,), if the dense library is in other formats."""
+def float32_scores(search: Search, dense_scores: Rows) -> Rows:
+    """The metric's rows of the network as it was given, (n, …), if the dense library is in other formats."""
     if not search.dense.formats:
         return dense_scores
-    images, labels = search.splits.evaluation
+    images, targets = search.splits.evaluation
 
-    def judge() -> list[float]:
-        model = partial(predict, TorchBridge(search.mod))
-        return evaluate(model, images, labels, search.metric, description="accuracy, float32, in PyTorch").tolist()
+    def judge() -> Rows:
+        model = partial(answered, TorchBridge(search.mod))
+        return evaluate(model, images, targets, search.metric, description="accuracy, float32, in PyTorch")
 
-    return np.array(search.journal.once("scores", "float32", judge))
+    return _once(search, "scores", "float32", judge)
+
+
+def _once(search: Search, kind: str, key: str, judge: Callable[[], Rows]) -> Rows:
+    """Rows that the journal keeps; if they are too many or no numbers it keeps that they were made.
+
+    Then a search that is resumed makes them again, the same ones, which is no other look.
+    """
+    made: list[Rows] = []
+
+    def make() -> list[Any]:
+        made.append(judge())
+        return made[0].tolist() if made[0].dtype != object and made[0].size <= MOST_KEPT else []
+
+    kept = search.journal.once(kind, key, make)
+    return made[0] if made else (np.array(kept) if kept else judge())
 
 
 def accuracy_entry(
     metric: Metric,
-    dense: np.ndarray,
-    compressed: np.ndarray,
+    dense: Rows,
+    compressed: Rows,
     device: Device,
     *,
     looks: int,
-    original: np.ndarray | None = None,
+    original: Rows | None = None,
 ) -> dict[str, Any]:
-    """The manifest's ``accuracy``, from the scores (n,) of both libraries.
+    """The manifest's ``accuracy``, from the rows (n, …) of both libraries.
 
     ``original`` are those of the network in float32, if the dense library is not.
     """
-    drop, interval = paired_drop(dense, compressed)
+    drop, interval = metric.drop(dense, compressed)
     more = {}
     if original is not None and original is not dense:
-        own, own_interval = paired_drop(original, compressed)
-        more["float32"] = {"dense": accuracy(original), "drop": own, "ci95": list(own_interval)}
+        own, own_interval = metric.drop(original, compressed)
+        more["float32"] = {"dense": metric.value(original), "drop": own, "ci95": list(own_interval)}
     return {
         **more,
         "metric": metric.name,
+        "unit": metric.unit.name,
         "n": len(dense),
-        "dense": accuracy(dense),
-        "compressed": accuracy(compressed),
+        "dense": metric.value(dense),
+        "compressed": metric.value(compressed, dense),
         "drop": drop,
         "ci95": list(interval),
         "looks": looks,

@@ -21,6 +21,7 @@ import numpy as np
 from tvm_lowrank import console
 from tvm_lowrank.bundle.manifest import FILES, MANIFEST
 from tvm_lowrank.bundle.report import REPORT
+from tvm_lowrank.data.measure import Rows
 from tvm_lowrank.errors import TimeUp
 from tvm_lowrank.files import copy, write_text
 from tvm_lowrank.plan import Plan
@@ -126,7 +127,8 @@ def _dense_ms(search: Search) -> float:
 def _evaluated(search: Search, limit: float) -> Evaluated:
     search.check_time()
     result = search.evaluate(search.placed(limit), search.networks.recovery)
-    console.tried(search.dense_ms / result.ms, result.drop, f"damage limit {limit:.2g} nats")
+    said = f"damage limit {limit:.2g} nats"
+    console.tried(search.dense_ms / result.ms, result.drop, said, unit=search.metric.unit.name)
     return result
 
 
@@ -191,7 +193,7 @@ def _latencies(search: Search, plans: dict[str, Plan], delivery: Delivery) -> di
 def _judged(search: Search, dense: Point, points: Sequence[Point], delivery: Delivery) -> list[dict[str, Any]]:
     """The manifest's ``accuracy`` of each point; each is one look at the evaluation split."""
 
-    def look(point: Point, name: str) -> np.ndarray:
+    def look(point: Point, name: str) -> Rows:
         evaluated, description = point.evaluated, f"accuracy, {name}"
         return looked(search, point.library, delivery, evaluated.plan, evaluated.fit, description=description)
 
@@ -232,6 +234,7 @@ def _written(
         "schema": SCHEMA,
         "model": delivery.model,
         "metric": search.metric.name,
+        "unit": search.metric.unit.name,
         "images": accuracies[0]["n"],
         "looks": accuracies[0]["looks"],
         "dense": {"ms": dense.ms, "accuracy": accuracies[0]["dense"], "macs": sum(site.macs for site in search.sites)},
@@ -246,7 +249,7 @@ def _written(
 
 
 def _row(name: str, manifest: dict[str, Any], evaluated: Evaluated) -> dict[str, Any]:
-    """A bundle in `frontier.json`: drops in points, MACs of all sites."""
+    """A bundle in `frontier.json`: drops in the metric's unit, MACs of all sites."""
     accuracy = manifest["accuracy"]
     return {
         "bundle": name,

@@ -11,14 +11,15 @@ import torch
 from tvm.ir import IRModule
 
 from tvm_lowrank import console, example
-from tvm_lowrank.bridge.answers import MULTILABEL, SCORES, Answers
-from tvm_lowrank.bridge.calibrate import predict
+from tvm_lowrank.bridge.answers import EMBEDDING, MULTILABEL, REGRESSION, SCORES, Answers
+from tvm_lowrank.bridge.calibrate import answered, predict
 from tvm_lowrank.bridge.meaning import answers_of, guessed, with_answers
 from tvm_lowrank.bridge.meaning import asked as said_of
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.bundle.manifest import prepare_out
 from tvm_lowrank.codegen.link import find_compiler
-from tvm_lowrank.data.metric import Metric, load_metric
+from tvm_lowrank.data.builtin import SIMPLE, YES
+from tvm_lowrank.data.metric import Metric, load_metric, tried
 from tvm_lowrank.data.splits import Splits, load_data, overlaps
 from tvm_lowrank.data.synthetic import dead_leaves
 from tvm_lowrank.data.training_data import load_training, name_of
@@ -111,18 +112,45 @@ def load(asked: NetworkOptions, workers: Workers | None = None) -> Inputs:
     if isinstance(asked, BundleOptions):
         find_compiler()
         metric = load_metric(asked.metric)
+        if isinstance(asked, SearchOptions):
+            asked.allowed(metric.unit.name, metric.name)
         prepare_out(asked.folder, force=asked.force or resumes(asked))
     mod = load_model(asked)
-    answers = answers_of(mod["main"])
-    if metric.name == "top1" and isinstance(answers, Answers) and yes_or_no(mod):
-        metric = load_metric("binary-probability" if answers.probabilities else "binary")
     if isinstance(asked, BundleOptions) and (asked.model is None or asked.data is not None):
-        splits = _load_splits(asked, mod)
+        metric = meant(metric, mod)
+        splits = _load_splits(asked, mod, labelled=metric.labelled)
+        metric = _tried(metric, mod, splits)
     if isinstance(asked, SearchOptions) and asked.finetune is not None:
         training = load_training_of(asked, mod, workers or Workers())
     if others:
         console.phase(f"of the targets, {profile.name} is the best that this processor has: it is measured on")
     return Inputs(asked, profile, mod, find_sites(mod), metric, splits, training, tuple(others))
+
+
+def meant(metric: Metric, mod: IRModule) -> Metric:
+    """The form of a metric that fits what a network's outputs mean; UserError if there is none."""
+    name, answers = metric.name, answers_of(mod["main"])
+    if name == "top1" and yes_or_no(mod):
+        name = "binary"
+    if name == "agreement" and (not isinstance(answers, Answers) or answers.kind in (REGRESSION, EMBEDDING)):
+        raise UserError(f"agreement compares decisions, but outputs are {answers}; use relative-error, or see --output")
+    if not isinstance(answers, Answers):
+        return metric
+    if name == "agreement" and answers.kind == MULTILABEL:
+        name = "agreement-labels"
+    if name == "agreement" and answers.axis == 2:
+        name = "agreement-tokens"
+    if answers.kind == MULTILABEL and answers.probabilities and name + YES in SIMPLE:
+        name += YES
+    return metric if name == metric.name else load_metric(name)
+
+
+def _tried(metric: Metric, mod: IRModule, splits: Splits) -> Metric:
+    """The metric, `tried` on the first images of both splits."""
+    bridge = TorchBridge(mod)
+    for images, targets in (splits.selection, splits.evaluation):
+        metric = tried(metric, lambda count, images=images: answered(bridge, images[:count]), targets)  # type: ignore[misc]
+    return metric
 
 
 def resumes(asked: BundleOptions) -> bool:
@@ -162,8 +190,8 @@ def _meaning(asked: BundleOptions, mod: IRModule) -> IRModule:
     return mod if found == guessed(function) else with_answers(mod, found)
 
 
-def _load_splits(asked: BundleOptions, mod: IRModule) -> Splits:
-    """The data, checked against its model's input and output shapes."""
+def _load_splits(asked: BundleOptions, mod: IRModule, *, labelled: bool) -> Splits:
+    """The data, checked against its model's input and output shapes; ``labelled`` if it needs targets."""
     if asked.data is None:
         console.phase("no --data: using the bundled CIFAR-10 images")
     splits = load_data(
@@ -173,6 +201,7 @@ def _load_splits(asked: BundleOptions, mod: IRModule) -> Splits:
         std=asked.std,
         classes=_classes(mod),
         folder=asked.folder,
+        labelled=labelled,
     )
     for message in overlaps(splits):
         console.warn(message)
@@ -180,12 +209,17 @@ def _load_splits(asked: BundleOptions, mod: IRModule) -> Splits:
 
 
 def load_training_of(asked: SearchOptions, mod: IRModule, workers: Workers) -> Training:
-    """How the networks of a search learn with labels; the first batch is checked."""
+    """How the networks of a search learn, with labels where there are classes; the first batch is checked."""
     assert asked.finetune is not None
     mean, std = asked.mean, asked.std
     if asked.data is None:
         mean = std = None  # the example's training data comes normalised
-    batches = load_training(asked.finetune, input_shape=image_shape(mod), mean=mean, std=std, classes=_classes(mod))
+    classes, known = _classes(mod), not yes_or_no(mod) and _classes(mod) is not None
+    if not known:
+        console.phase("the outputs are no class scores: fine-tuning imitates the dense network, without labels")
+    batches = load_training(
+        asked.finetune, input_shape=image_shape(mod), mean=mean, std=std, classes=classes, labelled=known
+    )
     name = f"{name_of(asked.finetune)}, {asked.epochs} epochs" + (f", {asked.stages} stages" * (asked.stages > 1))
     return Training(batches, name, asked.epochs, asked.stages, workers, asked.seed)
 

@@ -128,7 +128,7 @@ def _deadline(asked: SearchOptions, inputs: Inputs, start: float) -> float:
 
 def _settings(asked: SearchOptions, inputs: Inputs, deadline: float) -> Settings:
     return Settings(
-        budget=asked.points,
+        budget=asked.allowed(inputs.metric.unit.name, inputs.metric.name),
         methods=tuple(asked.methods),
         lanes=inputs.profile.lanes,
         synthetic=inputs.splits is None,
@@ -227,7 +227,7 @@ def _header(asked: SearchOptions, inputs: Inputs) -> dict[str, Any]:
         "tvm": tvm.__version__,
         "metric": asked.metric,
         "methods": list(asked.methods),
-        "budget": None if asked.max_latency is not None else asked.points,
+        "budget": None if asked.max_latency is not None else asked.allowed(inputs.metric.unit.name, inputs.metric.name),
         "max_latency_ms": asked.max_latency,
         "frontier": asked.frontier,
         "batch": asked.batch,

@@ -1,6 +1,7 @@
-"""Fine-tuning with labels: backpropagation through a compressed network, with the dense one as its teacher.
+"""Fine-tuning: backpropagation through a compressed network, with the dense one as its teacher, and class labels.
 
-The loss is (1 - a) cross-entropy(labels) + a (T^2 KL(teacher at T || student at T) + f errors). The former is Hinton et
+The loss is (1 - a) cross-entropy(labels) + a (T^2 KL(teacher at T || student at T) + f errors); where outputs are no
+class scores there are no labels, and a is 1. The former is Hinton et
 al.'s distillation (2015), and the errors are those of the inputs of all sites, as in the reconstruction
 (`tvm_lowrank.searching.fit.reconstruct`): without them the student learns the teacher's answers for the training images
 by heart, and gets hardly nearer to it on others. The epoch that is nearest to the dense network on the selection images
@@ -30,6 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tvm_lowrank import console
+from tvm_lowrank.bridge.answers import Answers
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.data.training_data import Batch, Batches
 from tvm_lowrank.errors import TimeUp, UserError
@@ -86,10 +88,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Judged:
-    """A network on the selection split: its damage, in nats an image, and its score, in percent."""
+    """A network on the selection split: its damage, in nats an image, and the metric's value, with the sign behind."""
 
     damage: float
     score: float
+    sign: str = "%"
 
 
 @dataclass(frozen=True)
@@ -152,10 +155,11 @@ def finetune(
 
     Parameters
     ----------
-    bridge : the compressed network; its outputs are class scores (n, classes).
+    bridge : the compressed network.
     batches : the (images, labels) batches of an epoch by its number, as from `training_data.load_training`: float32
-        NCHW and int64 (n,). For a resumed run to give the same bits they must depend on nothing but that number and
-        the global generators of torch, numpy and Python, which are seeded for every epoch.
+        NCHW, and int64 (n,) or None: then it imitates the teacher only. For a resumed run to give the same bits they
+        must depend on nothing but that number and the global generators of torch, numpy and Python, which are seeded
+        for every epoch.
     teacher : the dense network.
     judge : a network on the selection split.
     folder : where the checkpoint is kept. A run that was killed goes on from it, and one that ended is not repeated.
@@ -167,7 +171,7 @@ def finetune(
     Raises
     ------
     UserError
-        If the network does not give class scores, a batch is not usable, or the checkpoint cannot be read or written.
+        If there are labels but no class scores, a batch is not usable, or the checkpoint cannot be read or written.
     TimeUp
         If an epoch would not end before the deadline, by the time that the one before took; the checkpoint is there.
     """
@@ -240,8 +244,8 @@ def _epochs(
             left = (time.monotonic() - started) / (number - first + 1) * (epochs - number)
             workers.say(
                 f"epoch {number} of {epochs}: loss {loss:.3f}; on the selection images {judged.damage:.4f} nats of "
-                f"damage, {judged.score:.2f} %; best epoch {result.best} (before training {result.start.damage:.4f})"
-                + (f"; {left:.0f} s left" if number < epochs else "")
+                f"damage, {judged.score:.2f} {judged.sign}; best epoch {result.best} (before training "
+                f"{result.start.damage:.4f})" + (f"; {left:.0f} s left" if number < epochs else "")
             )
             yield _State(result, best, weights, optimiser) if number < epochs else _State(result, best, [], {})
 
@@ -291,7 +295,8 @@ class _Trainer:
         for group in self._optimiser.param_groups:
             group["lr"] = rate
         self._optimiser.zero_grad()
-        loss = self._loss(*(part.to(self.workers.device) for part in batch))
+        device, (images, labels) = self.workers.device, batch
+        loss = self._loss(images.to(device), None if labels is None else labels.to(device))
         loss.backward()
         mean = self.workers.average(loss.detach(), self._student.parameters)
         gradients = [values.grad for values in self._student.parameters if values.grad is not None]
@@ -300,18 +305,23 @@ class _Trainer:
         self._optimiser.step()
         return mean
 
-    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _loss(self, images: Tensor, labels: Tensor | None) -> Tensor:
         got = watched(self._student, images)
-        outputs, logits = self._teacher.bridge.outputs, got[1]
-        if len(outputs.shapes) != 1 or logits.dim() != 2:
-            raise UserError(f"the model's outputs have shape {outputs}; fine-tuning needs class scores, (n, classes)")
-        settings = self.settings
-        loss = (1 - settings.distil) * F.cross_entropy(logits, labels)
-        if settings.distil:
+        settings, answers = self.settings, self._teacher.bridge.answers
+        share = 1.0 if labels is None else settings.distil
+        loss = torch.zeros((), device=images.device)
+        if labels is not None:
+            outputs, logits = self._teacher.bridge.outputs, got[1]
+            if len(outputs.shapes) != 1 or logits.dim() != 2:
+                raise UserError(f"the model's outputs have shape {outputs}; labels need class scores, (n, classes)")
+            if isinstance(answers, Answers) and answers.probabilities:
+                logits = answers.logits(logits)[:, 0]
+            loss = loss + (1 - share) * F.cross_entropy(logits, labels)
+        if share:
             with torch.no_grad():
                 wanted = watched(self._teacher, images)
             how = {"temperature": settings.temperature, "features": settings.features}
-            loss = loss + settings.distil * imitation(wanted, got, self._teacher.bridge.answers, **how)
+            loss = loss + share * imitation(wanted, got, answers, **how)
         return loss
 
 

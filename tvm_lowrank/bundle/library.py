@@ -12,8 +12,9 @@ import numpy as np
 
 from tvm_lowrank.bundle.manifest import MANIFEST, read_manifest, sha256
 from tvm_lowrank.codegen.processor import check, missing, read
+from tvm_lowrank.data.parts import joined, take
 from tvm_lowrank.errors import UserError
-from tvm_lowrank.tensors import Tensors, as_arrays, concatenated, first
+from tvm_lowrank.tensors import Tensors, as_arrays
 
 Which = Literal["model", "dense"]
 
@@ -53,8 +54,8 @@ class CompiledModel:
             part = np.ascontiguousarray(x[start : start + batch])
             missing = batch - len(part)
             padded = np.pad(part, ((0, missing), (0, 0), (0, 0), (0, 0))) if missing else part
-            outputs.append(first(self._main(padded), len(part)))
-        return concatenated(outputs)
+            outputs.append(take(self._main(padded), slice(len(part))))
+        return joined(outputs)
 
     def _joined(self, inputs: Sequence[np.ndarray]) -> Any:
         """The network's inputs as what the library takes."""

@@ -4,18 +4,21 @@
 became of every site; ``model.pt2`` and ``model.onnx`` are the compressed network for other tools, in float32;
 ``manifest.json`` (schema 1, written last) describes the rest (``accuracy`` and ``data`` are null if there was no data):
 
-    schema, versions, model, target, budget (points), input_shape ([N, C, H, W] of the libraries),
+    schema, versions, model, target, budget (in the metric's unit), input_shape ([N, C, H, W] of the libraries),
     inputs, outputs (of networks with several: the shape of each, without the batch; the libraries take the inputs as
         one, [N, numbers, 1, 1]),
     data: {source, mean, std, evaluation_sha256},
-    accuracy (percent): {metric, n, dense, compressed, drop, ci95: [low, high], looks, on_device (of n),
-                         float32 (where dense.so is in other formats): {dense, drop, ci95} from the network as given},
+    accuracy: {metric, unit (of drop, ci95 and budget: "points", of values in percent, as in all old bundles, or the
+               metric's own, such as "dB", of values as well), n, dense, compressed, drop, ci95: [low, high], looks,
+               on_device (of n),
+               float32 (where dense.so is in other formats): {dense, drop, ci95} from the network as given},
     latency_ms: {dense: {median, p10, p90, predicted}, compressed: {…}, float32 (as above): {…}, threads, batch, how},
     speedup (of dense.so),
     sites: [{id, method, rank, format, ms, dense_ms, dense_format, macs, dense_macs, reason,
              offers: [{method, rank, format, ms, nats, measured, cost}]}],
     plans (of searches with data): [{plan (as in plan.json), fit, ms (sum of its sites), predicted, damage (nats),
-             drop, error, expected (points: counted, their standard error, by the damage)}], in order of evaluation,
+             drop, error, expected (in the metric's unit: counted, its standard error, by the damage)}], in the order
+             of evaluation,
     seconds: {phase: s of the last run}, files: {name: SHA-256},
     levels (of bundles for several targets, the best first): [{target, folder (of its model.so and dense.so; "" is the
         bundle itself), latency_ms (null where it could not be measured)}]; a loader takes the first that it can run,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tvm_lowrank.bundle.manifest import read_manifest
+from tvm_lowrank.data.measure import POINTS, unit_called
 from tvm_lowrank.files import write_text
 from tvm_lowrank.formats import FLOAT32
 from tvm_lowrank.plan import Choice, Plan
@@ -58,11 +59,14 @@ def render(manifest: Mapping[str, Any]) -> str:
     )
     environment.filters["became"] = became
     sites, plans = manifest["sites"], manifest.get("plans")
+    unit = (manifest["accuracy"] or {}).get("unit", POINTS.name)
     charts = {"sites": bars(sites)}
     if plans and manifest["accuracy"] is not None:
-        charts |= {"plans": pareto(plans, sites, manifest["budget"]), "damage": agreement(plans)}
+        charts |= {"plans": pareto(plans, sites, manifest["budget"], unit=unit), "damage": agreement(plans)}
     return environment.get_template("report.html").render(
         m=manifest,
+        unit=unit,
+        sign=unit_called(unit).sign,
         charts=charts,
         macs=sum(site["macs"] for site in sites) / sum(site["dense_macs"] for site in sites),
         spent=_spent(manifest.get("seconds", {})),
@@ -99,7 +103,13 @@ def bars(sites: Sequence[Mapping[str, Any]]) -> str:
     return _svg(figure, "Milliseconds of each layer, dense and chosen")
 
 
-def pareto(plans: Sequence[Mapping[str, Any]], sites: Sequence[Mapping[str, Any]], budget: float | None) -> str:
+def pareto(
+    plans: Sequence[Mapping[str, Any]],
+    sites: Sequence[Mapping[str, Any]],
+    budget: float | None,
+    *,
+    unit: str = POINTS.name,
+) -> str:
     """Drop on the selection split, and what is expected of the damage, against the sum of the sites' milliseconds.
 
     ``sites`` are those of the bundle, whose plan is marked.
@@ -123,7 +133,7 @@ def pareto(plans: Sequence[Mapping[str, Any]], sites: Sequence[Mapping[str, Any]
     if budget is not None:
         axes.axhline(budget, color=INK, linewidth=0.8, linestyle="--", label="budget")
     axes.set_xlabel("ms, sum of the layers")
-    axes.set_ylabel("drop, points")
+    axes.set_ylabel(f"drop, {unit}")
     axes.legend(fontsize=8, frameon=False, labelcolor=INK)
     return _svg(figure, "Evaluated plans: drop on the selection images against milliseconds")
 

@@ -14,19 +14,24 @@ from tvm_lowrank.bundle.manifest import read_manifest
 from tvm_lowrank.console import phase, table
 from tvm_lowrank.data.form import Stats
 from tvm_lowrank.data.images import part
-from tvm_lowrank.data.metric import accuracy, evaluate, load_metric, paired_drop
+from tvm_lowrank.data.measure import POINTS, unit_called
+from tvm_lowrank.data.metric import evaluate, load_metric, tried
+from tvm_lowrank.data.parts import take
 from tvm_lowrank.data.splits import IN_MEMORY, fingerprint, load_data
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.formats import FLOAT32
 
-# a point is 0.01 of the images: this is far less than one image
-TOLERANCE = 1e-6
-OpenModel = Callable[[Path, tuple[int, int, int, int]], Callable[[np.ndarray], np.ndarray]]
+# a point is 0.01 of the images: this is far less than one image; of values that change gradually, another share
+TOLERANCE, GRADUAL = 1e-6, 1e-4
+OpenModel = Callable[[Path, tuple[int, int, int, int]], Callable[[np.ndarray], Any]]
+LIBRARIES: tuple[Which, ...] = ("dense", "model")
 
 
 @dataclass(frozen=True)
 class Verification:
-    """Accuracies in percent, the drop in points; ``stated`` is the manifest's ``accuracy``.
+    """Values of the metric and their drop, in percent and points or in its own unit.
+
+    ``stated`` is the manifest's ``accuracy``.
 
     ``ok``: on the manifest's images the figures are the manifest's; on others the drop is within the budget.
     ``verdict`` says which, in one line.
@@ -77,28 +82,35 @@ def verify(
         if data == IN_MEMORY:
             raise UserError(f"the data of {directory} was given in memory; name it with --data")
     batch, channels, height, width = manifest["input_shape"]
-    splits = load_data(data, input_shape=(channels, height, width), mean=mean, std=std)
     metric = load_metric(stated["metric"])
-    images, labels = part(splits.evaluation[0], slice(limit)), splits.evaluation[1][:limit]
+    splits = load_data(data, input_shape=(channels, height, width), mean=mean, std=std, labelled=metric.labelled)
+    images, targets = part(splits.evaluation[0], slice(limit)), take(splits.evaluation[1], slice(limit))
     phase(f"accuracy of both libraries on {len(images)} images of {splits.name}")
 
-    def judged(which: Which) -> np.ndarray:
-        model = open_model(library(directory, manifest, which), (batch, channels, height, width))
-        return evaluate(model, images, labels, metric, description=f"{which}.so", chunk=chunk)
-
-    dense, compressed = judged("dense"), judged("model")
-    drop, ci95 = paired_drop(dense, compressed)
+    dense_model, model = (
+        open_model(library(directory, manifest, which), (batch, channels, height, width)) for which in LIBRARIES
+    )
+    if metric.function is not None:
+        metric = tried(metric, lambda count: dense_model(images[:count]), targets)
+    dense = evaluate(dense_model, images, targets, metric, description="dense.so", chunk=chunk)
+    compressed = evaluate(model, images, targets, metric, description="model.so", chunk=chunk)
+    drop, ci95 = metric.drop(dense, compressed)
     same_data = fingerprint(splits) == manifest["data"]["evaluation_sha256"]
-    measured = {"dense": accuracy(dense), "compressed": accuracy(compressed), "drop": drop}
+    measured = {"dense": metric.value(dense), "compressed": metric.value(compressed, dense), "drop": drop}
     if same_data and len(images) == stated["n"]:
-        ok = all(abs(measured[key] - stated[key]) <= TOLERANCE for key in measured)
+        near = TOLERANCE if metric.counted else GRADUAL * max(1.0, abs(measured["dense"]))
+        ok = all(abs(measured[key] - stated[key]) <= near for key in measured)
         verdict = f"the accuracy is {'' if ok else 'NOT '}that of the manifest"
     elif repeat and not same_data:
-        ok, verdict = False, f"the images or labels of {splits.name} have CHANGED since the search"
+        ok, verdict = False, f"the images or targets of {splits.name} have CHANGED since the search"
     else:
         budget = manifest["budget"]
         ok = budget is None or drop <= budget
-        within = "not bounded by a budget" if budget is None else f"{'' if ok else 'NOT '}within {budget:g} points"
+        within = (
+            "not bounded by a budget"
+            if budget is None
+            else f"{'' if ok else 'NOT '}within {budget:g} {metric.unit.name}"
+        )
         verdict = f"on these {'first' if same_data else 'other'} images the drop is {within}"
     return Verification(**measured, ci95=ci95, n=len(images), stated=stated, ok=ok, verdict=verdict)
 
@@ -107,7 +119,7 @@ def print_verification(result: Verification) -> None:
     """The accuracies of the manifest and those measured now, and in one line what follows."""
     stated = result.stated
     table(
-        f"accuracy ({stated['metric']}, %)",
+        f"accuracy ({stated['metric']}, {_sign(stated)})",
         ("", "images", "dense", "compressed", "drop", "95% interval"),
         [
             (
@@ -153,7 +165,8 @@ def print_manifest(manifest: Mapping[str, Any]) -> None:
         print("accuracy was not measured: no data" + (f"; predicted damage {damage:.4f} nats" if damage else ""))
         return
     table(
-        f"accuracy ({a['metric']}, %), evaluation split, looked at {a['looks']} time{'s' if a['looks'] != 1 else ''}",
+        f"accuracy ({a['metric']}, {_sign(a)}), evaluation split, looked at {a['looks']} "
+        f"time{'s' if a['looks'] != 1 else ''}",
         ("images", "dense", "compressed", "drop", "95% interval"),
         [_accuracy(a["n"], a["dense"], a["compressed"], a["drop"], a["ci95"])],
     )
@@ -161,7 +174,7 @@ def print_manifest(manifest: Mapping[str, Any]) -> None:
         own = a["float32"]
         drop, (low, high) = own["drop"], own["ci95"]
         print(
-            f"from the network as it was given, in float32 ({own['dense']:.2f} %): {drop:+.2f} points "
+            f"from the network as it was given, in float32 ({own['dense']:.2f} {_sign(a)}): {drop:+.2f} {_unit(a)} "
             f"({low:+.2f} to {high:+.2f})"
         )
     if a["on_device"] < a["n"]:
@@ -177,9 +190,9 @@ def print_comparison(manifests: Mapping[str, Mapping[str, Any]]) -> None:
         ("ms dense", *(_ms(m["latency_ms"]["dense"]["median"]) for m in manifests.values())),
         ("ms compressed", *(_ms(m["latency_ms"]["compressed"]["median"]) for m in manifests.values())),
         ("speed-up", *(f"{m['speedup']:.2f}" for m in manifests.values())),
-        ("accuracy dense", *(_percent(m["accuracy"], "dense") for m in manifests.values())),
-        ("accuracy compressed", *(_percent(m["accuracy"], "compressed") for m in manifests.values())),
-        ("drop", *(_percent(m["accuracy"], "drop") for m in manifests.values())),
+        ("accuracy dense", *(_shown(m["accuracy"], "dense") for m in manifests.values())),
+        ("accuracy compressed", *(_shown(m["accuracy"], "compressed") for m in manifests.values())),
+        ("drop", *(_shown(m["accuracy"], "drop") for m in manifests.values())),
         ("MACs", *(f"{sum(site['macs'] for site in m['sites']) / 1e6:.1f} M" for m in manifests.values())),
     ]
     table("", columns, rows)
@@ -188,8 +201,20 @@ def print_comparison(manifests: Mapping[str, Mapping[str, Any]]) -> None:
     table("layers", ["layer", *manifests], [(name, *(_became(own.get(name)) for own in found)) for name in names])
 
 
-def _percent(accuracy: Mapping[str, Any] | None, key: str) -> str:
-    return "–" if accuracy is None else f"{accuracy[key]:.2f}"
+def _shown(accuracy: Mapping[str, Any] | None, key: str) -> str:
+    if accuracy is None:
+        return "–"
+    unit = _unit(accuracy)
+    return f"{accuracy[key]:.2f}" + ("" if unit == POINTS.name else f" {unit}")
+
+
+def _unit(figures: Mapping[str, Any]) -> str:
+    """What a manifest's drops are counted in; those of older ones in points."""
+    return figures.get("unit", POINTS.name)
+
+
+def _sign(figures: Mapping[str, Any]) -> str:
+    return unit_called(_unit(figures)).sign
 
 
 def _became(site: Mapping[str, Any] | None) -> str:
@@ -200,12 +225,12 @@ def _became(site: Mapping[str, Any] | None) -> str:
 
 
 def print_frontier(frontier: Mapping[str, Any]) -> None:
-    """The bundles of a `frontier.json` as a table: latency, drops in points, MACs."""
+    """The bundles of a `frontier.json` as a table: latency, drops in the metric's unit, MACs."""
     dense, looks = frontier["dense"], frontier["looks"]
     threads, batch = frontier["threads"], frontier["batch"]
     table(
         f"frontier (ms {frontier['how']}, {threads} thread{'s' if threads != 1 else ''}, batch {batch}; "
-        f"{frontier['metric']}, {frontier['images']} evaluation images, "
+        f"{frontier['metric']}, drops in {_unit(frontier)}, {frontier['images']} evaluation images, "
         f"looked at {looks} time{'s' if looks != 1 else ''} in all)",
         ("bundle", "ms", "speed-up", "drop on selection", "on evaluation", "95% interval", "MACs"),
         [

@@ -12,6 +12,8 @@ import numpy as np
 from tvm_lowrank.console import progress
 from tvm_lowrank.data.form import Form, by
 from tvm_lowrank.data.images import Raw, Spool
+from tvm_lowrank.data.parts import Targets
+from tvm_lowrank.data.targets import copied, gathered, listed, none_for, of_batch
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.reference import summary
 
@@ -41,25 +43,46 @@ def read_images(value: Any, what: str, split: str, form: Form, folder: Path | No
     return _spooled(_each(items, what, batch), _count(value), what, split, form, folder)
 
 
-def read_labelled(value: Any, split: str, form: Form, folder: Path | None) -> tuple[Raw, np.ndarray]:
-    """Images and labels: a pair, each as for `read_images`, or batches of such pairs; the labels are not checked."""
-    x_name, y_name = f"{split} images", f"{split} labels"
-    if _is_pair(value) and not is_batch(value[0]):
-        return read_images(value[0], x_name, split, form, folder), as_array(value[1], 1, y_name)
+def read_labelled(
+    value: Any, split: str, form: Form, folder: Path | None, *, labelled: bool = True
+) -> tuple[Raw, Targets]:
+    """Images and targets: a pair, or batches of such pairs; images are as for `read_images`.
+
+    Targets are an array or a list with one for each image, of any objects; they are not checked. If none are needed
+    there may be none.
+    """
+    x_name, y_name = f"{split} images", f"{split} targets"
+    pair = is_whole(value, labelled=labelled)
+    if not labelled:
+        images = read_images(value[0] if pair else value, x_name, split, form, folder)
+        return images, none_for(len(images))
+    if pair:
+        images = read_images(value[0], x_name, split, form, folder)
+        return images, _targets(value[1], y_name, len(images))
     items = None if hasattr(value, "__array__") else _items(value)
-    neither = f"{split} is {type(value).__name__}; give a pair (images, labels) or batches of such pairs"
+    neither = f"{split} is {type(value).__name__}; give a pair (images, targets) or batches of such pairs"
     if items is None:
         raise UserError(neither)
-    labels: list[np.ndarray] = []
+    targets: list[Any] = []
 
     def batch(item: Any) -> np.ndarray:
         if not _is_pair(item):
             raise UserError(neither)
-        labels.append(np.array(as_array(item[1], 1, y_name)))  # a copy: a loader's memory is scarce
-        return as_array(item[0], 4, x_name)
+        images = as_array(item[0], 4, x_name)
+        targets.extend(of_batch(item[1], y_name, len(images)) if images.ndim >= 4 else [copied(item[1])])
+        return images
 
     images = _spooled(_each(items, split, batch), _count(value), x_name, split, form, folder)
-    return images, _join(labels, 1, y_name)
+    return images, listed(targets, y_name)
+
+
+def _targets(value: Any, what: str, count: int) -> Targets:
+    if callable(getattr(value, "detach", None)) or hasattr(value, "__array__"):
+        return as_array(value, 1, what)
+    items = _items(value)
+    if items is None:
+        raise UserError(f"{what}: {type(value).__name__} is no list; give an array or a list with one for each image")
+    return gathered(list(_each(items, what, copied)), what, count)
 
 
 def as_array(value: Any, dims: int, what: str) -> np.ndarray:
@@ -75,8 +98,28 @@ def as_array(value: Any, dims: int, what: str) -> np.ndarray:
 
 
 def is_batch(item: Any) -> bool:
-    """Whether an item is an (images, labels) pair rather than a list of two arrays."""
-    return _is_pair(item) and getattr(item[0], "ndim", 0) > getattr(item[1], "ndim", 0)
+    """Whether an item is an (images, targets) pair rather than a list of two arrays."""
+    if not _is_pair(item):
+        return False
+    images, targets = (_dims(own) for own in item)
+    return images > targets or images > 3 or (images == 3 and isinstance(item, tuple))
+
+
+def is_whole(value: Any, *, labelled: bool = True) -> bool:
+    """Whether a value is a pair of all images and their targets rather than two batches, of both or of images."""
+    if not _is_pair(value):
+        return False
+    first, second = value
+    if not is_batch(first):
+        return labelled or isinstance(value, tuple) or _dims(first) != _dims(second)
+    if isinstance(first, tuple) or _dims(first[0]) > _dims(first[1]):
+        return False
+    # two arrays of images, or images and targets of their form
+    return isinstance(value, tuple) or not is_batch(second)
+
+
+def _dims(value: Any) -> int:
+    return getattr(value, "ndim", 0)
 
 
 def _is_pair(item: Any) -> bool:

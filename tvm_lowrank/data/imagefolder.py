@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from tvm_lowrank.data.form import Form
+from tvm_lowrank.data.targets import none_for
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.reference import summary
 
@@ -64,11 +65,14 @@ class Files:
         return read_image(path, self.input_shape)
 
 
-def read_folder(root: Path, form: Form) -> tuple[Files, tuple[Files, np.ndarray], tuple[Files, np.ndarray]]:
+def read_folder(
+    root: Path, form: Form, *, labelled: bool = True
+) -> tuple[Files, tuple[Files, np.ndarray], tuple[Files, np.ndarray]]:
     """Calibration images, and selection and evaluation images with labels, int64 (n,), of a folder.
 
     ``selection/`` and ``evaluation/`` have one folder per class, and labels count these in sorted order;
-    ``calibration/`` may be flat. Hidden files and files that are not images are ignored.
+    ``calibration/`` may be flat, as all may if no labels are needed. Hidden files and files that are not images are
+    ignored.
 
     Raises
     ------
@@ -82,9 +86,14 @@ def read_folder(root: Path, form: Form) -> tuple[Files, tuple[Files, np.ndarray]
         raise UserError(
             f"image files have 1 or 3 channels, the model takes {form.shape[0]}; use --data file.py:factory"
         )
-    names, others = (_class_names(root / split) for split in SPLITS[1:])
-    if names != others:
-        odd = min(set(names) ^ set(others))
+    kept: dict[Path, np.ndarray] = {}
+    if not labelled:
+        every, *others = (Files(_some(root / split), form.shape, kept) for split in SPLITS)
+        chosen, judged = ((own, none_for(len(own))) for own in others)
+        return every, chosen, judged
+    names, also = (_class_names(root / split) for split in SPLITS[1:])
+    if names != also:
+        odd = min(set(names) ^ set(also))
         raise UserError(
             f"{root}: class folder {odd!r} is in only one of selection and evaluation; make the lists equal"
         )
@@ -92,13 +101,12 @@ def read_folder(root: Path, form: Form) -> tuple[Files, tuple[Files, np.ndarray]
         raise UserError(
             f"{root} has {len(names)} class folders, the model {form.classes} outputs; give one folder per class"
         )
-    files = {"calibration": [(path, 0) for path in _image_files(root / "calibration")]}
+    files = {"calibration": [(path, 0) for path in _some(root / "calibration")]}
     for split in SPLITS[1:]:
         files[split] = [(path, i) for i, name in enumerate(names) for path in _image_files(root / split / name)]
     for split, listed in files.items():
         if not listed:
-            raise UserError(f"{root / split} holds no images; put {', '.join(sorted(SUFFIXES))} files there")
-    kept: dict[Path, np.ndarray] = {}
+            raise _empty(root / split)
     images = {split: Files([path for path, _ in listed], form.shape, kept) for split, listed in files.items()}
     labels = {split: np.array([label for _, label in listed], "int64") for split, listed in files.items()}
     calibration, selection, evaluation = SPLITS
@@ -130,6 +138,18 @@ def read_image(path: Path, input_shape: tuple[int, int, int]) -> np.ndarray:
 
 def _class_names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _some(folder: Path) -> list[Path]:
+    """The image files of a folder; UserError if there are none."""
+    found = _image_files(folder)
+    if not found:
+        raise _empty(folder)
+    return found
+
+
+def _empty(folder: Path) -> UserError:
+    return UserError(f"{folder} holds no images; put {', '.join(sorted(SUFFIXES))} files there")
 
 
 def _image_files(folder: Path) -> list[Path]:

@@ -1,159 +1,213 @@
-"""Accuracy: a score in [0, 1] per image, and how much of it compression cost, with a paired interval.
-
-Accuracy is 100 × the mean score; a drop is in points of it. Nothing here knows of models or files.
-"""
+"""Accuracy: which metric is meant, whether it takes what the network and the data give, and its rows of a split."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from statistics import NormalDist
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from tvm_lowrank import console
+from tvm_lowrank.data import detection
+from tvm_lowrank.data.builtin import SIMPLE
 from tvm_lowrank.data.images import Images
+from tvm_lowrank.data.measure import (
+    FEW,
+    INTERVAL,
+    POINTS,
+    UNKNOWN,
+    Metric,
+    Rows,
+    Statistic,
+    Unit,
+    paired_drop,
+    unit_called,
+)
+from tvm_lowrank.data.parts import Outputs, Targets, count, each, objects, take
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.reference import absolute, is_reference, load_object, summary
 
-INTERVAL = 2 * NormalDist().inv_cdf(0.975)  # length of a 95 % interval, in standard errors
-BINARY = {"binary": 0.0, "binary-probability": 0.5}  # and above what an output is a yes
-ScoreFunction = Callable[[np.ndarray, np.ndarray], np.ndarray]
+__all__ = ["INTERVAL", "Metric", "evaluate", "load_metric", "paired_drop", "tried"]
 
-
-@dataclass(frozen=True)
-class Metric:
-    """``scores(logits, labels)`` takes float32 (n, classes) and int64 (n,) and returns float64 (n,) in [0, 1]."""
-
-    name: str
-    scores: ScoreFunction
+BUILT_IN = {**SIMPLE, "voc-map": detection.voc, "coco-map": detection.coco, "oks-map": detection.oks}
+TRIED, TRIED_AGAIN = 2, 64  # images; more where two say nothing to a function of the whole split
 
 
 def load_metric(spec: str = "top1") -> Metric:
-    """The metric called ``top1`` or ``top5``, or the user's function ``file.py:function``.
+    """The metric of a name in `BUILT_IN`, or the user's function ``file.py:function``.
 
-    ``binary`` is top1 of outputs of one number an image, which is above 0 where the label is 1;
-    ``binary-probability`` of those that are above one half.
+    ``NAME:file.py:function`` is a metric of what the function makes of the outputs: of (m, …), or a tuple of such
+    arrays, an array (m, …), or for average precisions a list of m mappings.
 
-    The user's function gets numpy arrays (logits, labels) and returns a score in [0, 1] per image; if it returns a
-    single number, it is called image by image.
+    The user's metric gets (outputs, targets) of some images, as the network and the data give them. It returns a score
+    for each, (m,), or one number for all: then it is a metric of the whole split, once it was `tried`. Numbers are from
+    0 to 1 and shown in percent, unless the function has an attribute ``unit``, such as "dB". Higher is better.
 
     Raises
     ------
     UserError
-        If there is no such metric; from ``scores``, if the user's function fails or returns something else.
+        If there is no such metric, or a package is missing that it needs; from ``scores``, if outputs and targets do
+        not fit it, or the user's function fails or returns something else.
     """
-    if spec in ("top1", "top5"):
-        return Metric(spec, _top(int(spec[3:])))
-    if spec in BINARY:
-        return Metric(spec, _above(BINARY[spec]))
+    name, _, after = spec.partition(":")
+    if name in BUILT_IN:
+        return _processed(BUILT_IN[name](), after)
     if not is_reference(spec):
-        raise UserError(f"unknown metric {spec!r}; use top1, top5 or file.py:function")
+        raise UserError(f"unknown metric {spec!r}; use {', '.join(BUILT_IN)} or file.py:function")
     function = load_object(spec)
     if not callable(function):
-        raise UserError(f"metric {spec} is not a function; it must take (logits, labels)")
-    return Metric(absolute(spec), _checked(function, spec))
+        raise UserError(f"metric {spec} is not a function; it must take (outputs, targets)")
+    return _own(function, spec)
 
 
-def accuracy(scores: np.ndarray) -> float:
-    """The mean of the scores (n,), in percent."""
-    return 100 * float(np.mean(scores))
+def tried(metric: Metric, outputs: Callable[[int], Outputs], targets: Targets) -> Metric:
+    """The metric, after it was given the first images' outputs and targets: now it is known what a function returns.
 
+    Parameters
+    ----------
+    outputs : of so many first images.
 
-def paired_drop(
-    dense: np.ndarray, compressed: np.ndarray, *, confidence: float = 0.95
-) -> tuple[float, tuple[float, float]]:
-    """How many points the mean score falls from ``dense`` to ``compressed``, and the interval for that drop.
-
-    Both arrays are (n,), scores of the same images in the same order. The interval is Agresti and Min's adjusted Wald
-    interval for paired proportions (Statistics in Medicine 24, 2005): half an observation is added to each cell of
-    the 2 × 2 table, which keeps it from shrinking to nothing when no image differs. In terms of the differences this
-    adds two observations with mean 0 and sum of squares 1, which serves scores that are not binary as well.
+    Raises
+    ------
+    UserError
+        If it fails, or gives something else than finite numbers.
     """
-    if dense.shape != compressed.shape or dense.ndim != 1 or not dense.size:
-        raise ValueError(f"scores of the same images are needed, got {dense.shape} and {compressed.shape}")
-    difference = np.asarray(dense, "float64") - np.asarray(compressed, "float64")
-    n = difference.size + 2
-    centre = difference.sum() / n
-    variance = (np.square(difference).sum() + 1) / n - centre**2
-    half = NormalDist().inv_cdf((1 + confidence) / 2) * np.sqrt(variance / n)
-    drop = float(difference.mean())
-    low = min(drop, max(-1.0, centre - half))
-    high = max(drop, min(1.0, centre + half))
-    return 100 * drop, (100 * float(low), 100 * float(high))
+    first = min(TRIED, count(targets))
+    try:
+        return _tried(metric, outputs(first), take(targets, slice(first)))
+    except UserError:
+        more = min(TRIED_AGAIN, count(targets))
+        if metric.function is None or more == first:
+            raise
+        return _tried(metric, outputs(more), take(targets, slice(more)))
 
 
 def evaluate(
-    model: Callable[[Any], np.ndarray],
+    model: Callable[[Any], Outputs],
     images: Images,
-    labels: np.ndarray,
+    targets: Targets,
     metric: Metric,
     *,
     description: str = "accuracy",
     chunk: int | None = 64,
-) -> np.ndarray:
-    """The metric's score of each image, float64 (n,); ``model`` maps float32 (m, C, H, W) to outputs (m, …).
+) -> Rows:
+    """The metric's row of each image, (n, …); ``model`` maps float32 (m, C, H, W) to outputs (m, …).
 
     It is given so many images at once; with None all of them, to be read as it can take them.
     """
     if chunk is None:
-        return metric.scores(model(images), labels)
-    scores = []
+        return metric.scores(model(images), targets)
+    rows = []
     with console.progress(description, len(images)) as advance:
         for start in range(0, len(images), chunk):
             part = slice(start, start + chunk)
-            scores.append(metric.scores(model(images[part]), labels[part]))
-            advance(len(labels[part]))
-    return np.concatenate(scores)
+            rows.append(metric.scores(model(images[part]), take(targets, part)))
+            advance(len(rows[-1]))
+    return np.concatenate(rows)
 
 
-def _top(k: int) -> ScoreFunction:
-    def scores(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        if logits.ndim != 2:
-            raise UserError(f"top{k} needs outputs of shape (n, classes), not {logits.shape}; use a metric of your own")
-        n, classes = logits.shape
-        if classes <= k:
-            raise UserError(f"top{k} is always right with {classes} classes; use a smaller k or a metric of your own")
-        if labels.size and not 0 <= labels.min() <= labels.max() < classes:
-            raise UserError(f"labels {labels.min()} to {labels.max()} do not fit {classes} classes; count from 0")
-        own = logits[np.arange(n), labels][:, None]
-        # ties go to the lower class, as with argmax
-        before = (logits > own) | ((logits == own) & (np.arange(classes) < labels[:, None]))
-        # comparisons with NaN are false: an image with a NaN in its outputs would otherwise count as right
-        right = (before.sum(axis=1) < k) & ~np.isnan(logits).any(axis=1)
-        return right.astype("float64")
-
-    return scores
+def _tried(metric: Metric, outputs: Outputs, targets: Targets) -> Metric:
+    if metric.function is not None and metric.function(outputs, targets).ndim == 0:
+        metric = _of_all(metric, metric.function, listed=isinstance(targets, list))
+    rows = metric.scores(outputs, targets)
+    if len(rows) != count(targets):
+        raise UserError(f"metric {metric.name} gave {len(rows)} rows for {count(targets)} images; one for each")
+    value = metric.value(rows)
+    if not np.isfinite(value):
+        raise UserError(f"metric {metric.name} is {value} on the first {len(rows)} images; correct it or its targets")
+    return metric
 
 
-def _above(even: float) -> ScoreFunction:
-    def scores(outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        if outputs.size != len(outputs):
-            raise UserError(f"this metric needs one number an image, not outputs {outputs.shape}; use another --metric")
-        values = outputs.reshape(len(outputs))
-        return (((values > even) == (labels == 1)) & ~np.isnan(values)).astype("float64")
-
-    return scores
+# post-processing
 
 
-def _checked(function: Callable[..., object], spec: str) -> ScoreFunction:
-    def call(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def _processed(metric: Metric, after: str) -> Metric:
+    """A metric of what a function makes of the outputs."""
+    if not after:
+        return metric
+    if not is_reference(after):
+        raise UserError(f"metric {metric.name}:{after} names no function; write {metric.name}:file.py:function")
+    function = load_object(after)
+    if not callable(function):
+        raise UserError(f"{after} is not a function; it must take outputs")
+
+    def scores(outputs: Outputs, targets: Targets) -> Rows:
+        return metric.scores(_called(function, outputs, after), targets)
+
+    return replace(metric, name=f"{metric.name}:{absolute(after)}", scores=scores)
+
+
+def _called(function: Callable[[Outputs], Any], outputs: Outputs, spec: str) -> Any:
+    """What a user's function makes of outputs: tensors as arrays, a list as it is."""
+    try:
+        made = function(outputs)
+        if isinstance(made, tuple):
+            return tuple(_as_array(own) for own in made)
+        found = made if isinstance(made, list) else _as_array(made)
+    except Exception as error:
+        raise UserError(f"{spec} failed: {summary(error)}; it must take outputs") from error
+    if isinstance(found, np.ndarray) and (not found.ndim or len(found) != count(outputs)):
+        raise UserError(f"{spec} returned shape {found.shape} for {count(outputs)} images; return something for each")
+    return found
+
+
+def _as_array(value: Any) -> np.ndarray:
+    return np.asarray(value.detach().cpu() if callable(getattr(value, "detach", None)) else value)
+
+
+# the user's metric
+
+
+def _own(function: Callable[..., object], spec: str) -> Metric:
+    unit = unit_called(str(getattr(function, "unit", "")))
+
+    def call(outputs: Outputs, targets: Targets) -> np.ndarray:
         try:
-            return np.asarray(function(logits, labels), dtype="float64")
+            return np.asarray(function(outputs, targets), dtype="float64")
         except Exception as error:
-            raise UserError(f"metric {spec} failed: {summary(error)}; it must take (logits, labels)") from error
+            raise UserError(f"metric {spec} failed: {summary(error)}; it must take (outputs, targets)") from error
 
-    def scores(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        result = call(logits, labels)
+    def scores(outputs: Outputs, targets: Targets) -> Rows:
+        result, n = call(outputs, targets), count(targets)
         if result.ndim == 0:
-            result = np.array([call(logits[i : i + 1], labels[i : i + 1]) for i in range(len(labels))])
-        if result.shape != (len(labels),):
-            raise UserError(
-                f"metric {spec} returned shape {result.shape} for {len(labels)} images; return one score each"
-            )
-        if not ((result >= 0) & (result <= 1)).all():
-            raise UserError(f"metric {spec} returned {result.min()} to {result.max()}; scores must lie from 0 to 1")
+            each_alone = (slice(i, i + 1) for i in range(n))
+            result = np.array([call(take(outputs, own), take(targets, own)) for own in each_alone])
+        if result.shape != (n,):
+            raise UserError(f"metric {spec} returned shape {result.shape} for {n} images; return one score each")
+        _check(result, unit, spec)
         return result
 
-    return scores
+    gradual = 1.0 if unit == POINTS else 0.0
+    return Metric(absolute(spec), scores, unit=unit, image=gradual, cost=UNKNOWN, function=call)
+
+
+def _check(values: np.ndarray, unit: Unit, spec: str) -> None:
+    low, high = (0, 1) if unit == POINTS else (-np.inf, np.inf)
+    if not (np.isfinite(values) & (values >= low) & (values <= high)).all():
+        unlike = "scores must lie from 0 to 1, or the function have a unit" if unit == POINTS else "give finite numbers"
+        raise UserError(f"metric {spec} returned {values.min()} to {values.max()}; {unlike}")
+
+
+def _of_all(metric: Metric, function: Callable[[Outputs, Targets], np.ndarray], *, listed: bool) -> Metric:
+    """A user's metric that returns one number for all images; ``listed`` says that targets are no array."""
+
+    def rows(outputs: Outputs, targets: Targets) -> Rows:
+        return objects(list(zip(each(outputs), each(targets), strict=True)))
+
+    def whole(rows: Rows) -> Statistic:
+        outputs, targets = (list(own) for own in zip(*rows, strict=True))
+        several = isinstance(outputs[0], tuple)
+        stacked = tuple(np.stack(own) for own in zip(*outputs, strict=True)) if several else np.stack(outputs)
+        known = targets if listed else np.stack(targets)
+
+        def value(picked: np.ndarray) -> float:
+            result = function(take(stacked, picked), take(known, picked))
+            if result.ndim:
+                raise UserError(f"metric {metric.name} returned shape {result.shape}; return one number, as before")
+            _check(result, metric.unit, metric.name)
+            return float(result)
+
+        return value
+
+    return replace(metric, scores=rows, whole=whole, resamples=FEW, function=None)

@@ -15,6 +15,8 @@ from tvm_lowrank.data import images
 from tvm_lowrank.data.form import Form
 from tvm_lowrank.data.imagefolder import SPLITS
 from tvm_lowrank.data.images import CHUNK, Filed, Raw, Spool
+from tvm_lowrank.data.parts import Targets
+from tvm_lowrank.data.targets import none_for
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.reference import summary
 
@@ -23,10 +25,13 @@ HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 LOCAL_HEADER = 30  # bytes before the name of a file in an archive; the last four are the lengths of what follows
 
 
-def read_npz(path: Path, form: Form, folder: Path | None) -> tuple[Raw, tuple[Raw, np.ndarray], tuple[Raw, np.ndarray]]:
-    """Calibration images, and selection and evaluation images with labels, of a file with the arrays `KEYS`.
+def read_npz(
+    path: Path, form: Form, folder: Path | None, *, labelled: bool = True
+) -> tuple[Raw, tuple[Raw, Targets], tuple[Raw, Targets]]:
+    """Calibration images, and selection and evaluation images with targets, of a file with the arrays `KEYS`.
 
-    What is compressed and too large for memory goes to a file in ``folder``.
+    What is compressed and too large for memory goes to a file in ``folder``. If no targets are needed there may be
+    none.
 
     Raises
     ------
@@ -35,10 +40,12 @@ def read_npz(path: Path, form: Form, folder: Path | None) -> tuple[Raw, tuple[Ra
     """
     try:
         with np.load(path, allow_pickle=False) as stored:
-            missing = [key for key in KEYS if key not in stored]
+            missing = [key for key in KEYS if key not in stored and (labelled or key.endswith("_x"))]
             if missing:
                 raise UserError(f"{path} has no array {missing[0]!r}; it needs {', '.join(KEYS)}")
             calibration, selection, evaluation = (_images(path, stored, split, form, folder) for split in SPLITS)
+            if not labelled:
+                return calibration, (selection, none_for(len(selection))), (evaluation, none_for(len(evaluation)))
             return calibration, (selection, stored["selection_y"]), (evaluation, stored["evaluation_y"])
     except FileNotFoundError as error:
         raise UserError(f"no such file: {path}; give a .npz file with {', '.join(KEYS)}") from error

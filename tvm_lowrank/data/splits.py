@@ -21,18 +21,20 @@ from tvm_lowrank.data.given import read_images, read_labelled
 from tvm_lowrank.data.imagefolder import SPLITS, read_folder
 from tvm_lowrank.data.images import Images, Raw, Stored, chunks
 from tvm_lowrank.data.npz import read_npz
+from tvm_lowrank.data.parts import Targets
+from tvm_lowrank.data.targets import checked, feed
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.reference import absolute, is_reference, load_object, summary
 
-Labelled = tuple[Images, np.ndarray]
-Read = tuple[Raw, tuple[Raw, np.ndarray], tuple[Raw, np.ndarray]]  # the splits, as they are stored
+Labelled = tuple[Images, Targets]
+Read = tuple[Raw, tuple[Raw, Targets], tuple[Raw, Targets]]  # the splits, as they are stored
 
 IN_MEMORY = "in memory"
 
 
 @dataclass(frozen=True)
 class Digest:
-    """What tells data apart: the SHA-256 of images and labels, and a hash of each image."""
+    """What tells data apart: the SHA-256 of images and targets, and a hash of each image."""
 
     sha256: str
     images: list[bytes]
@@ -40,7 +42,10 @@ class Digest:
 
 @dataclass(frozen=True, eq=False)
 class Splits:
-    """Images (n, C, H, W), labels int64 (n,); ``name`` is the source, valid from any folder."""
+    """Images (n, C, H, W), and a target for each: class labels int64 (n,), an array (n, …) or a list of any objects.
+
+    ``name`` is the source, valid from any folder.
+    """
 
     calibration: Images
     selection: Labelled
@@ -65,6 +70,7 @@ def load_data(
     std: Stats = None,
     classes: int | None = None,
     folder: Path | None = None,
+    labelled: bool = True,
 ) -> Splits:
     """Read and check the three splits. Images are converted when they are used, files of them are read again then.
 
@@ -72,11 +78,13 @@ def load_data(
     ----------
     source
         - ``file.py:factory`` or ``pkg.module:factory``: a function without arguments that returns a mapping (or such a
-          mapping itself) with ``calibration``: images, and ``selection`` and ``evaluation``: pairs (images, labels).
-          Each is an array, a tensor, or an iterable of batches; a labelled split may also be an iterable of
-          (images, labels) batches, such as a DataLoader. What can be iterated over is read once.
+          mapping itself) with ``calibration``: images, and ``selection`` and ``evaluation``: pairs (images, targets).
+          Images are an array, a tensor, or an iterable of batches; a pair may also be an iterable of (images, targets)
+          batches, such as a DataLoader. What can be iterated over is read once. A target is whatever the metric takes:
+          a class label, a vector, a mask, a mapping of boxes and labels, ...; those of all images are an array or a
+          list.
         - ``file.npz`` with the arrays ``calibration_x``, ``selection_x``, ``selection_y``, ``evaluation_x`` and
-          ``evaluation_y``.
+          ``evaluation_y``; targets (n, …) of any shape.
         - ``folder/`` in ImageFolder layout: ``calibration/`` (flat or one folder per class), ``selection/`` and
           ``evaluation/`` with one folder per class; labels follow the sorted names. Images are scaled so that they
           cover 256/224 of the input size and cut from the middle, unless they have the input size already.
@@ -87,10 +95,12 @@ def load_data(
         Per channel (or one for all), on the scale 0 to 1, for images that are uint8 NHWC (and for folders); the
         default is 0 and 1. Float images are NCHW and taken as they are.
     classes
-        Number of the model's outputs, if known: labels must be smaller.
+        Number of classes that the model tells apart, if it does: targets (n,) must be smaller.
     folder
         Where batches and compressed arrays wait if they are more than 256 MB a split; None is the system's place for
         temporary files.
+    labelled
+        Whether targets are needed; else there may be none, and they are left out.
 
     Raises
     ------
@@ -98,7 +108,7 @@ def load_data(
         If anything is missing, has the wrong shape or type, is not finite, or there is no room for it.
     """
     form = form_of(input_shape, mean, std, classes)
-    name, (calibration, selection, evaluation) = _read(source, form, folder)
+    name, (calibration, selection, evaluation) = _read(source, form, folder, labelled)
     splits = Splits(
         _stored(calibration, "calibration", form),
         _labelled(*selection, "selection", form),
@@ -126,26 +136,28 @@ def overlaps(splits: Splits) -> list[str]:
 
 
 def fingerprint(splits: Splits) -> str:
-    """SHA-256 of the evaluation images and labels, to tell whether two splits are the same."""
+    """SHA-256 of the evaluation images and targets, to tell whether two splits are the same."""
     return splits.digests["evaluation"].sha256
 
 
-def _read(source: str | Path | Mapping[str, Any] | None, form: Form, folder: Path | None) -> tuple[str, Read]:
+def _read(
+    source: str | Path | Mapping[str, Any] | None, form: Form, folder: Path | None, labelled: bool
+) -> tuple[str, Read]:
     """What the source is called, and what it holds."""
     if isinstance(source, Mapping):
-        return IN_MEMORY, _of_mapping(source, IN_MEMORY, form, folder)
+        return IN_MEMORY, _of_mapping(source, IN_MEMORY, form, folder, labelled)
     if source is None or str(source) == example.NAME:
         if form.shape != example.INPUT_SHAPE[1:]:
             raise UserError(f"the bundled images are 3x32x32, the model takes {by(form.shape)}; give --data")
-        return example.NAME, _of_mapping(example.data(), example.NAME, form, folder)
+        return example.NAME, _of_mapping(example.data(), example.NAME, form, folder, labelled)
     text, path = str(source), Path(source)
     if path.is_dir():
-        return str(path.resolve()), read_folder(path, form)
+        return str(path.resolve()), read_folder(path, form, labelled=labelled)
     if path.suffix == ".npz":
-        return str(path.resolve()), read_npz(path, form, folder)
+        return str(path.resolve()), read_npz(path, form, folder, labelled=labelled)
     if is_reference(text):
         name = absolute(text)
-        return name, _of_mapping(_called(load_object(text), text), name, form, folder)
+        return name, _of_mapping(_called(load_object(text), text), name, form, folder, labelled)
     if not path.exists():
         raise UserError(f"no such data: {text}; give file.py:factory, file.npz or a folder")
     raise UserError(f"cannot read data from {text}; give file.py:factory, file.npz or a folder")
@@ -163,15 +175,15 @@ def _called(factory: object, text: str) -> Mapping[str, Any]:
     return factory
 
 
-def _of_mapping(mapping: Mapping[str, Any], name: str, form: Form, folder: Path | None) -> Read:
+def _of_mapping(mapping: Mapping[str, Any], name: str, form: Form, folder: Path | None, labelled: bool) -> Read:
     for split in SPLITS:
         if split not in mapping:
             found = ", ".join(map(str, mapping)) or "nothing"
             raise UserError(f"data {name} has no {split!r}, it has {found}; it needs {', '.join(SPLITS)}")
     return (
         read_images(mapping["calibration"], f"calibration of {name}", "calibration", form, folder),
-        read_labelled(mapping["selection"], "selection", form, folder),
-        read_labelled(mapping["evaluation"], "evaluation", form, folder),
+        read_labelled(mapping["selection"], "selection", form, folder, labelled=labelled),
+        read_labelled(mapping["evaluation"], "evaluation", form, folder, labelled=labelled),
     )
 
 
@@ -180,11 +192,11 @@ def _stored(raw: Raw, split: str, form: Form) -> Stored:
     return Stored(raw, form)
 
 
-def _labelled(raw: Raw, labels: np.ndarray, split: str, form: Form) -> Labelled:
-    return _stored(raw, split, form), form.labels(labels, split, len(raw))
+def _labelled(raw: Raw, targets: Targets, split: str, form: Form) -> Labelled:
+    return _stored(raw, split, form), checked(targets, split, len(raw), form)
 
 
-def _digest(images: Images, labels: np.ndarray | None, split: str) -> Digest:
+def _digest(images: Images, targets: Targets | None, split: str) -> Digest:
     whole, each = hashlib.sha256(str(images.shape).encode()), list[bytes]()
     good = np.ones(len(images), bool)
     with progress(f"checking {split} images", len(images)) as advance:
@@ -194,7 +206,6 @@ def _digest(images: Images, labels: np.ndarray | None, split: str) -> Digest:
             each += [hashlib.blake2b(image.data, digest_size=16).digest() for image in some]
             advance(len(some))
     check_finite(good, split)
-    if labels is not None:
-        whole.update(str(labels.shape).encode())
-        whole.update(labels.data)
+    if targets is not None:
+        feed(whole.update, targets, f"{split} targets")
     return Digest(whole.hexdigest(), each)

@@ -1,9 +1,10 @@
-"""Labelled images to learn from: batches of the user's, each checked as it comes."""
+"""Images to learn from, with class labels where the network tells classes apart: batches, each checked as it comes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,13 @@ import torch
 from torch import Tensor
 
 from tvm_lowrank.data.form import Form, Stats, form_of
-from tvm_lowrank.data.given import as_array, is_batch
+from tvm_lowrank.data.given import as_array, is_batch, is_whole
 from tvm_lowrank.data.splits import IN_MEMORY
+from tvm_lowrank.data.targets import none_for
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.reference import absolute, load_object, summary
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Tensor, Tensor | None]
 Batches = Callable[[int], Iterable[Batch]]
 
 BATCH = 100  # images of a batch made from arrays
@@ -35,6 +37,7 @@ def load_training(
     mean: Stats = None,
     std: Stats = None,
     classes: int | None = None,
+    labelled: bool = True,
 ) -> Batches:
     """The training batches of an epoch, as a function of its number, which counts from 1.
 
@@ -56,12 +59,14 @@ def load_training(
         Per channel (or one for all), on the scale 0 to 1, for images that are uint8 NHWC; the default is 0 and 1.
         Float images are NCHW and taken as they are.
     classes
-        Number of the model's outputs, if known: labels must be smaller.
+        Number of classes that the model tells apart, if known: labels must be smaller.
+    labelled
+        Whether class labels are learnt; else a batch may have any targets or none, and they are left out.
 
     Returns
     -------
     A function of the epoch's number. What it returns has a length where the user's batches have one, and gives
-    float32 NCHW images with int64 labels.
+    float32 NCHW images with int64 labels, or None.
 
     Raises
     ------
@@ -70,14 +75,15 @@ def load_training(
         iterating, if a later batch is not, with the numbers of the epoch and of the batch.
     """
     form = form_of(input_shape, mean, std, classes)
+    check = _checked if labelled else _images_of
     if isinstance(source, str):
         name, given = source, _called(load_object(source), source)
     else:
         name, given = IN_MEMORY, source
-    epochs = _epochs(given, name, form)
+    epochs = _epochs(given, name, form, labelled)
 
     def batches(number: int) -> Iterable[Batch]:
-        return _Epoch(_called(epochs, name, number), number, name, form)
+        return _Epoch(_called(epochs, name, number), number, name, partial(check, form=form))
 
     next(iter(batches(1)))
     return batches
@@ -92,6 +98,12 @@ def _checked(batch: Any, where: str, form: Form) -> Batch:
     return torch.from_numpy(images), torch.from_numpy(labels)
 
 
+def _images_of(batch: Any, where: str, form: Form) -> Batch:
+    """The images of a batch of the user's, whatever comes with them."""
+    images = batch[0] if is_batch(batch) else batch
+    return torch.from_numpy(form.images(as_array(images, 4, f"{where} images"), where)), None
+
+
 @dataclass(frozen=True, eq=False)
 class _Epoch:
     """The checked batches of one epoch; it has a length if the user's batches have one."""
@@ -99,7 +111,7 @@ class _Epoch:
     batches: Iterable[Any]
     number: int
     source: str
-    form: Form
+    check: Callable[[Any, str], Batch]
 
     def __len__(self) -> int:
         return len(self.batches)  # type: ignore[arg-type]  # TypeError, as of any object without a length
@@ -107,7 +119,7 @@ class _Epoch:
     def __iter__(self) -> Iterator[Batch]:
         empty = True
         for where, batch in self._named():
-            yield _checked(batch, where, self.form)
+            yield self.check(batch, where)
             empty = False
         if empty:
             raise UserError(f"training data {self.source} has no batch in epoch {self.number}; give at least one")
@@ -155,10 +167,10 @@ def _called(function: Any, source: str, *arguments: int) -> Any:
         raise UserError(f"training data {source} failed: {summary(error)}; correct the function") from error
 
 
-def _epochs(value: Any, source: str, form: Form) -> Any:
+def _epochs(value: Any, source: str, form: Form, labelled: bool) -> Any:
     """What the factory returned, as a function of the epoch or as batches for every epoch."""
-    if isinstance(value, (tuple, list)) and len(value) == 2 and not is_batch(value[0]):
-        return _shuffled(value[0], value[1], form)
+    if is_whole(value, labelled=labelled):
+        return _shuffled(value[0], value[1], form, labelled)
     if isinstance(value, Iterator):
         raise UserError(
             f"training data {source} gave {type(value).__name__}, which can be read only once; give {_FORMS}"
@@ -168,8 +180,8 @@ def _epochs(value: Any, source: str, form: Form) -> Any:
     return value
 
 
-def _shuffled(images: Any, labels: Any, form: Form) -> Callable[[int], _Shuffled]:
-    x, y = as_array(images, 4, "training images"), as_array(labels, 1, "training labels")
+def _shuffled(images: Any, labels: Any, form: Form, labelled: bool) -> Callable[[int], _Shuffled]:
+    x = as_array(images, 4, "training images")
     form.images(np.atleast_1d(x)[:1], "training")
-    y = form.labels(y, "training", len(x))
+    y = form.labels(as_array(labels, 1, "training labels"), "training", len(x)) if labelled else none_for(len(x))
     return lambda epoch: _Shuffled(x, y, np.random.default_rng(epoch).permutation(len(x)))

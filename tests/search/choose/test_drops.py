@@ -7,13 +7,14 @@ import math
 import numpy as np
 import pytest
 
-from tvm_lowrank.searching.choose.drops import POWER, RATE, SPREAD, UNSURE, Counted, Rate, Recovery, limit_for
+from tvm_lowrank.data.measure import ACCURACY
+from tvm_lowrank.searching.choose.drops import SPREAD, Counted, Rate, Recovery, limit_for
 
 
 def test_before_anything_was_counted() -> None:
     rate = Rate()
-    assert rate.value == pytest.approx(RATE)
-    assert rate.expected(Counted(0.01, 7.0, math.inf)) == pytest.approx(RATE * 0.01**POWER)
+    assert rate.value == pytest.approx(ACCURACY.rate)
+    assert rate.expected(Counted(0.01, 7.0, math.inf)) == pytest.approx(ACCURACY.rate * 0.01**ACCURACY.power)
     assert rate.expected(Counted(0.0, 0.0, 0.0)) == rate.expected(Counted(-1e-9, 0.4, 0.4)) == 0
 
 
@@ -30,7 +31,7 @@ def test_expected_drops_are_nearer_to_the_truth_than_likely_ones(common: float, 
     rng, damages = np.random.default_rng(0), np.geomspace(0.005, 0.05, 6)
     ours, single = [], []
     for _ in range(400):
-        truth = RATE * math.exp(UNSURE * rng.standard_normal()) * damages**POWER
+        truth = ACCURACY.rate * math.exp(ACCURACY.unsure * rng.standard_normal()) * damages**ACCURACY.power
         counted = truth + common * rng.standard_normal() + math.sqrt(0.2**2 - common**2) * rng.standard_normal(6)
         rate, plans = Rate(), [Counted(damage, drop, 0.2) for damage, drop in zip(damages, counted, strict=True)]
         for number, plan in enumerate(plans):
@@ -44,27 +45,27 @@ def test_expected_drops_are_nearer_to_the_truth_than_likely_ones(common: float, 
 def test_the_rate_is_the_likeliest_one() -> None:
     """Of one precise and one vague count, and of what is expected at first."""
     rate = Rate()
-    rate.learn("a", Counted(0.05, 90 * 0.05**POWER, 0.01))
+    rate.learn("a", Counted(0.05, 90 * 0.05**ACCURACY.power, 0.01))
     assert rate.value == pytest.approx(90, rel=0.05)
     vague = Rate()
-    vague.learn("a", Counted(0.05, 90 * 0.05**POWER, 100.0))
-    assert vague.value == pytest.approx(RATE, rel=0.01)
+    vague.learn("a", Counted(0.05, 90 * 0.05**ACCURACY.power, 100.0))
+    assert vague.value == pytest.approx(ACCURACY.rate, rel=0.01)
 
 
 def test_many_counts_of_the_same_images_do_not_make_them_more() -> None:
     one, many = Rate(), Rate()
     for number in range(50):
-        own = Counted(0.05, 90 * 0.05**POWER, 0.4)
+        own = Counted(0.05, 90 * 0.05**ACCURACY.power, 0.4)
         many.learn(str(number), own)
         one.learn("same", own)
     assert many.value == pytest.approx(one.value)
-    assert RATE < one.value < 90
+    assert ACCURACY.rate < one.value < 90
 
 
 def test_a_counted_gain_does_not_make_damage_free() -> None:
     rate = Rate()
     rate.learn("a", Counted(0.01, -2.0, 0.4))
-    assert RATE / 5 < rate.value < RATE
+    assert ACCURACY.rate / 5 < rate.value < ACCURACY.rate
 
 
 def test_a_network_that_is_met_again_teaches_once() -> None:
@@ -76,7 +77,7 @@ def test_a_network_that_is_met_again_teaches_once() -> None:
 
 
 def test_the_better_a_network_was_counted_the_more_its_count_tells() -> None:
-    rate, damage = Rate(), (2.0 / RATE) ** (1 / POWER)
+    rate, damage = Rate(), (2.0 / ACCURACY.rate) ** (1 / ACCURACY.power)
     for error, expected in ((1e-9, 3.0), (2.0 * SPREAD, 2.5), (1e9, 2.0)):
         assert rate.expected(Counted(damage, 3.0, error)) == pytest.approx(expected)
 
@@ -85,7 +86,7 @@ def test_the_better_a_network_was_counted_the_more_its_count_tells() -> None:
 def test_a_metric_of_another_kind_costs_other_units(rate_of_metric: float) -> None:
     """A signal-to-noise ratio in dB, or points of what is counted in thousands of units a nat."""
     rate, damage = Rate(), 1e-3
-    drop = rate_of_metric * damage**POWER
+    drop = rate_of_metric * damage**ACCURACY.power
     rate.learn("a", Counted(damage, drop, 0.05 * drop))
     assert rate.expected(Counted(damage, drop, 0.05 * drop)) == pytest.approx(drop, rel=0.5 if drop < 0.01 else 0.1)
 

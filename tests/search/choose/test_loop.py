@@ -19,6 +19,7 @@ from support.models import ResNet20, randomised
 from tvm_lowrank.bridge.answers import Answers
 from tvm_lowrank.bridge.calibrate import predict
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
+from tvm_lowrank.data.measure import ACCURACY
 from tvm_lowrank.data.metric import load_metric
 from tvm_lowrank.data.splits import Splits
 from tvm_lowrank.errors import TimeUp
@@ -27,7 +28,7 @@ from tvm_lowrank.importers.importer import import_model
 from tvm_lowrank.plan import Choice, Plan
 from tvm_lowrank.searching.candidates import site_macs
 from tvm_lowrank.searching.choose import loop
-from tvm_lowrank.searching.choose.drops import LEFT, POWER, RATE, Rate, Recovery
+from tvm_lowrank.searching.choose.drops import LEFT, Rate, Recovery
 from tvm_lowrank.searching.choose.loop import LEAST_LIMIT, MOST_EVALUATIONS, explore
 from tvm_lowrank.searching.choose.search import FIRST_LIMIT, Evaluated, Placed, Search, Settings
 from tvm_lowrank.searching.journal import Journal
@@ -36,14 +37,14 @@ IMAGES = 1000
 
 
 class Landscape(Search):
-    """A search whose plan of a limit has a given damage; it loses ``rate * damage ** POWER`` points, and is counted."""
+    """A search whose plan of a limit has a given damage; it loses ``rate * damage ** power`` points, and is counted."""
 
     def __init__(
         self, budget: float, rate: float, *, slope: float = 1.1, cost: float = 1.0, noise: float = 0.0
     ) -> None:
         settings: Any = SimpleNamespace(budget=budget, deadline=np.inf, confident=False)
         splits: Any = SimpleNamespace(selection=(None, np.zeros(IMAGES)))
-        self.settings, self.splits = settings, splits
+        self.settings, self.splits, self.metric = settings, splits, load_metric()
         self.times: Any = SimpleNamespace(rest=lambda: None)
         self.rate, self.slope, self.cost, self.noise = rate, slope, cost, noise
         self.error = 0.4  # as it is reported, points
@@ -56,7 +57,7 @@ class Landscape(Search):
         return Placed(Plan({"conv": Choice("svd", 8)}), limit, limit, limit**-0.25)
 
     def true_drop(self, limit: float) -> float:
-        return self.rate * self.damage_of(limit) ** POWER
+        return self.rate * self.damage_of(limit) ** ACCURACY.power
 
     def damage_of(self, limit: float) -> float:
         return float(self.cost * limit**self.slope)
@@ -99,7 +100,7 @@ def test_luck_hardly_moves_it() -> None:
     """What is likely to be lost is uncertain by 0.2 points, the budget is one."""
     losses, evaluations = [], []
     for seed in range(40):
-        search = Landscape(1.0, RATE, noise=0.2)
+        search = Landscape(1.0, ACCURACY.rate, noise=0.2)
         search.error = 0.2
         search.rng = np.random.default_rng(seed)
         losses.append(search.true_drop(search.found()[0].limit))
@@ -110,7 +111,7 @@ def test_luck_hardly_moves_it() -> None:
 
 
 def test_a_whole_interval_within_the_budget() -> None:
-    search = Landscape(1.0, RATE)
+    search = Landscape(1.0, ACCURACY.rate)
     search.settings.confident = True  # type: ignore[misc]
     search.error = 0.25
     best = search.found()[0]
@@ -205,7 +206,7 @@ def test_what_was_tried_is_known_to_a_search_that_is_resumed(tmp_path: Path) -> 
 
 
 def test_after_the_deadline_the_network_is_the_one_that_was_judged() -> None:
-    search, asked = Landscape(1.0, RATE), []
+    search, asked = Landscape(1.0, ACCURACY.rate), []
 
     def networks(plan: Plan, fit: str) -> str:
         asked.append(fit)

@@ -107,6 +107,14 @@ def tune(tmp_path: Path) -> Tune:
     return call
 
 
+def test_without_labels_the_teacher_is_imitated(tune: Tune) -> None:
+    """As where the labels have no weight."""
+    unlabelled = tune(data=lambda epoch: [(x, None) for x, _ in batches(epoch)])
+    imitating = tune(replace(SETTINGS, distil=1.0), data=batches, folder="b")
+    assert equal(unlabelled.parameters, imitating.parameters)
+    assert unlabelled.result.kept.damage < unlabelled.result.start.damage
+
+
 @pytest.mark.parametrize("bfloat16", "01")
 def test_learns(tune: Tune, bfloat16: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TVM_LOWRANK_BFLOAT16", bfloat16)
