@@ -32,6 +32,7 @@ from tvm_lowrank.searching.choose.drops import LEFT, Rate, Recovery
 from tvm_lowrank.searching.choose.loop import LEAST_LIMIT, MOST_EVALUATIONS, explore
 from tvm_lowrank.searching.choose.search import FIRST_LIMIT, Evaluated, Placed, Search, Settings
 from tvm_lowrank.searching.journal import Journal
+from tvm_lowrank.tensors import Tensors
 
 IMAGES = 1000
 
@@ -147,7 +148,7 @@ class Evaluating(Search):
         networks.training = None if training is None else SimpleNamespace(name=training)
         networks.recovery = "reconstructed"
         self.networks, self.journal, self.metric = networks, journal, load_metric()
-        self.answers = Answers()
+        self.answers, self.outputs = Answers(), Tensors(((10,),))
         self.mod: Any = (Plan(), "")
         splits: Any = SimpleNamespace(selection=(None, np.arange(IMAGES) % 10))
         self.splits = splits
