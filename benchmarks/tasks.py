@@ -148,6 +148,7 @@ def share(manifest: Mapping[str, Any]) -> float:
 def compared(name: str, folder: Path, options: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """The rows of a task's table."""
     task, metric = ALL[name], load_metric(ALL[name].metric)
+    (folder / "unseen").mkdir(parents=True, exist_ok=True)
     mod = import_model(task.model or MODEL, input_shape=task.shape)
     splits = load_data(task.data, input_shape=task.shape[1:])
     images, targets = splits.selection
