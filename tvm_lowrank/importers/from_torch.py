@@ -24,7 +24,7 @@ from tvm.relax.frontend.torch import from_exported_program
 
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.errors import UserError
-from tvm_lowrank.importers.canonical import canonicalise, condense
+from tvm_lowrank.importers.canonical import canonicalise, check_sites, condense
 from tvm_lowrank.importers.linear import weight_digest
 
 T = TypeVar("T")
@@ -110,7 +110,7 @@ def _imported(program: ExportedProgram, input_shape: tuple[int, ...] | None) -> 
     decomposed, mod = quietly(decompose_and_import, _unsupported)
     result = canonicalise(mod, _conv_ids(decomposed), _linear_ids(decomposed))
     _check_same(program, result)
-    return result
+    return check_sites(result)
 
 
 def _decompositions() -> Any:
