@@ -38,7 +38,7 @@ class Answered:
         worst = 0.0
         for count in (1, 2):
             pairs = zip(self.outputs, run(self.images[:count]), self.moved, strict=True)
-            worst = max(worst, *(excess(y[:count], got, moved, self.coarseness) for y, got, moved in pairs))
+            worst = max(worst, *(excess(y, got, moved, self.coarseness) for y, got, moved in pairs))
         return worst
 
 
@@ -58,25 +58,24 @@ def answered(run: Run, shape: Sequence[int], coarseness: float = 1.0) -> Answere
 
 
 def excess(expected: np.ndarray, got: np.ndarray, moved: np.ndarray, coarseness: float = 1.0) -> float:
-    """How far apart two outputs (2, ...) are, in units of what is allowed: above 1 they differ; Inf if in shape.
+    """How far apart two outputs are, in units of what is allowed: above 1 they differ; Inf if in shape.
 
-    ``moved`` are the source's outputs for the images that were moved. Each channel, and each position along the last
+    ``expected`` are (2, ...), ``got`` those of the first image or of both; ``moved`` are the source's outputs for the images that were moved. Each channel, and each position along the last
     axis, is judged by its own size: boxes must not hide scores.
     """
-    if expected.shape != got.shape:
+    count = len(got) if got.ndim else 0
+    if not count or expected[:count].shape != got.shape:
         return np.inf
     if expected.dtype.kind != "f":  # classes, masks: those that are almost as likely as others may change
-        return float(np.mean(expected != got)) / 0.01
-    known = np.isfinite(expected)
-    if (np.isfinite(got) != known).any():
+        return float(np.mean(expected[:count] != got)) / 0.01
+    if (np.isfinite(got) != np.isfinite(expected[:count])).any():
         return np.inf
     expected, got, moved = (_finite(values) for values in (expected, got, moved))
     worst = 0.0
     for axis in {1, expected.ndim - 1} if expected.size else ():
-        error, size = _largest(got - expected, axis), _largest(expected, axis)
-        allowed = _SHARE * coarseness * _spread(expected, axis) + _ROUNDING * coarseness * size
+        allowed = _SHARE * coarseness * _spread(expected, axis) + _ROUNDING * coarseness * _largest(expected, axis)
         allowed += _ALLOWED * _largest(moved - expected[:1], axis)
-        worst = max(worst, float(np.max(error / np.maximum(allowed, 1e-30))))
+        worst = max(worst, float(np.max(_largest(got - expected[:count], axis) / np.maximum(allowed, 1e-30))))
     return worst
 
 

@@ -120,7 +120,7 @@ def _source(model: onnx.ModelProto, input_shape: tuple[int, ...] | None) -> _Sou
     tensors = (*model.graph.initializer, *(a.t for node in model.graph.node for a in node.attribute))
     coarseness = max([_TYPES[kind], *(_TYPES.get(tensor.data_type, 1.0) for tensor in tensors)])
     ready, turned = quietly(
-        lambda: channels_first(updated(in_float32(model))),
+        lambda: channels_first(constants_folded(updated(in_float32(model)), {})),
         lambda e: f"cannot read the model: {condense(e)}; check it with onnx.checker.check_model",
     )
     shape = _shape(inputs_of(ready)[0], input_shape, bool(turned))
@@ -267,8 +267,9 @@ def _difference(source: _Source, expected: Answered, mod: IRModule, batch: int) 
 def _values(source: _Source, end: str) -> list[str]:
     """What both forms of the model compute on the way to a value, which is the last, in order."""
     written = {name for node in source.written.graph.node for name in node.output}
-    computed = [name for node in cut(source.ready, [end]).graph.node for name in node.output if name]
-    return [name for name in computed if name == end or (name in written and name not in source.turned)]
+    nodes = cut(source.ready, [end]).graph.node
+    read = {name for node in nodes for name in node.input} & written - source.turned | {end}
+    return [name for node in nodes for name in node.output if name in read]
 
 
 def _differs(source: _Source, name: str, batch: int) -> bool:

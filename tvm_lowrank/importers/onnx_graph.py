@@ -72,7 +72,6 @@ def channels_first(model: ModelProto) -> tuple[ModelProto, frozenset[str]]:
     """
     (image,) = inputs_of(model)
     constants = {w.name: numpy_helper.to_array(w) for w in model.graph.initializer}
-    constants |= {n.output[0]: numpy_helper.to_array(n.attribute[0].t) for n in model.graph.node if _is_tensor(n)}
     chain = list(_chain(model, image.name, constants))
     if not chain or not _transposes(chain[-1], _FIRST):
         return model, frozenset()
@@ -93,10 +92,6 @@ def channels_first(model: ModelProto) -> tuple[ModelProto, frozenset[str]]:
     for dim, source in zip(dims, order, strict=True):
         dim.CopyFrom(source)
     return changed, frozenset((names - {chain[-1].output[0]}) | {image.name})
-
-
-def _is_tensor(node: NodeProto) -> bool:
-    return node.op_type == "Constant" and node.attribute[0].name == "value"
 
 
 def _transposes(node: NodeProto, order: Sequence[int]) -> bool:
@@ -198,10 +193,13 @@ def cut(model: ModelProto, names: Sequence[str]) -> ModelProto:
             kept.append(node)
             needed |= _read(node)
     weights = [weight for weight in part.graph.initializer if weight.name in needed]
-    del part.graph.node[:], part.graph.output[:], part.graph.initializer[:]
+    inputs = inputs_of(part)  # older versions list the weights among them
+    del part.graph.node[:], part.graph.input[:], part.graph.output[:], part.graph.initializer[:]
     part.graph.node.extend(reversed(kept))
     part.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    part.graph.input.extend(inputs)
     part.graph.initializer.extend(weights)
+    part.ir_version = max(part.ir_version, 4)
     return part
 
 
