@@ -19,16 +19,7 @@ from tvm_lowrank.errors import UserError
 from tvm_lowrank.importers.canonical import canonicalise, check_sites, condense
 from tvm_lowrank.importers.compare import Answered, answered, telling
 from tvm_lowrank.importers.from_torch import quiet, quietly
-from tvm_lowrank.importers.onnx_graph import (
-    channels_first,
-    constants_folded,
-    cut,
-    in_float32,
-    inputs_of,
-    opset_of,
-    shapes_folded,
-    updated,
-)
+from tvm_lowrank.importers.onnx_graph import Skeleton, channels_first, cut, inputs_of, shapes_folded, skeleton
 from tvm_lowrank.importers.onnx_names import conv_ids, linear_ids
 from tvm_lowrank.importers.onnx_operators import Importer
 from tvm_lowrank.importers.onnx_run import runner
@@ -54,7 +45,7 @@ class _Source:
     """
 
     written: onnx.ModelProto
-    ready: onnx.ModelProto
+    ready: Skeleton
     name: str
     shape: tuple[int, ...]
     turned: frozenset[str]
@@ -62,11 +53,11 @@ class _Source:
 
     @property
     def outputs(self) -> list[str]:
-        return [output.name for output in self.ready.graph.output]
+        return [output.name for output in self.ready.model.graph.output]
 
     def part(self, names: Sequence[str]) -> _Source:
         """The part that makes some values."""
-        return replace(self, written=cut(self.written, names), ready=cut(self.ready, names))
+        return replace(self, written=cut(self.written, names), ready=self.ready.part(names))
 
 
 def from_onnx_file(path: Path, input_shape: tuple[int, ...] | None) -> IRModule:
@@ -120,10 +111,10 @@ def _source(model: onnx.ModelProto, input_shape: tuple[int, ...] | None) -> _Sou
     tensors = (*model.graph.initializer, *(a.t for node in model.graph.node for a in node.attribute))
     coarseness = max([_TYPES[kind], *(_TYPES.get(tensor.data_type, 1.0) for tensor in tensors)])
     ready, turned = quietly(
-        lambda: channels_first(constants_folded(updated(in_float32(model)), {})),
+        lambda: channels_first(skeleton(model)),
         lambda e: f"cannot read the model: {condense(e)}; check it with onnx.checker.check_model",
     )
-    shape = _shape(inputs_of(ready)[0], input_shape, bool(turned))
+    shape = _shape(ready.model.graph.input[0], input_shape, bool(turned))
     return _Source(model, ready, inputs[0].name, shape, turned, coarseness)
 
 
@@ -183,14 +174,13 @@ def _imported(source: _Source, expected: Answered | None) -> tuple[IRModule, int
 
 def _canonical(source: _Source, batch: int) -> IRModule:
     shape: list[Any] = [batch or tirx.Var("batch", "int64"), *source.shape[1:]]
-    model = source.ready
 
-    def run() -> tuple[onnx.ModelProto, IRModule]:
-        folded = shapes_folded(model, source.name, shape) if batch else constants_folded(model, {})
-        return folded, Importer({source.name: shape}, "float32").from_onnx(folded.graph, opset_of(folded))
+    def run() -> tuple[Skeleton, IRModule]:
+        folded = shapes_folded(source.ready, shape) if batch else source.ready
+        return folded, Importer(folded, shape).imported()
 
     folded, mod = quietly(run, _unsupported)
-    return canonicalise(mod, conv_ids(folded.graph), linear_ids(folded.graph))
+    return canonicalise(mod, conv_ids(folded), linear_ids(folded))
 
 
 def _unsupported(error: Exception) -> str:
@@ -267,7 +257,7 @@ def _difference(source: _Source, expected: Answered, mod: IRModule, batch: int) 
 def _values(source: _Source, end: str) -> list[str]:
     """What both forms of the model compute on the way to a value, which is the last, in order."""
     written = {name for node in source.written.graph.node for name in node.output}
-    nodes = cut(source.ready, [end]).graph.node
+    nodes = source.ready.part([end]).model.graph.node
     read = {name for node in nodes for name in node.input} & written - source.turned | {end}
     return [name for node in nodes for name in node.output if name in read]
 
@@ -290,7 +280,7 @@ def _first_different(source: _Source, end: str, batch: int) -> onnx.NodeProto:
         while low < high:
             middle = (low + high) // 2
             low, high = (low, middle) if _differs(source, names[middle], batch) else (middle + 1, high)
-        node = next(node for node in source.ready.graph.node if names[high] in node.output)
+        node = next(node for node in source.ready.model.graph.node if names[high] in node.output)
         wrong = [name for name in node.input if name in names[:high] and _differs(source, name, batch)]
         if not wrong:
             return node

@@ -1,8 +1,9 @@
-"""ONNX graphs made ready for import: read as float32, channels first, in versions that are known, constants folded."""
+"""ONNX models made ready for import: read as float32, channels first, in known versions, constants folded."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
@@ -11,8 +12,9 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape
 from tvm_lowrank.importers.onnx_run import run_node
 
 DOMAINS = ("", "ai.onnx")
+_SMALL = 4096  # numbers of a weight that a shape may depend on
 _OLDEST = 10  # opset; from here on TVM's importer knows how operators take what used to be attributes
-_REALS = {TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
+REALS = {TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
 _RANDOM = {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
 _FIRST = [0, 3, 1, 2]  # from channels last to channels first
 _POINTWISE = {"Add", "Cast", "Clip", "Div", "Identity", "Mul", "Neg", "Pow", "Sub"}
@@ -36,46 +38,78 @@ def inputs_of(model: ModelProto) -> list[onnx.ValueInfoProto]:
     return [i for i in model.graph.input if i.name not in weights]
 
 
-def updated(model: ModelProto) -> ModelProto:
-    """The model in a newer version of ONNX if its own is too old."""
-    if opset_of(model) >= _OLDEST:
-        return model
-    try:
-        return version_converter.convert_version(model, _OLDEST)
-    except Exception:  # it does not know all operators; TVM's importer may
+@dataclass(frozen=True, eq=False)
+class Skeleton:
+    """A model without its weights, and these beside it by name: they are large, and a model is copied often."""
+
+    model: ModelProto
+    weights: Mapping[str, np.ndarray]
+
+    def part(self, names: Sequence[str]) -> Skeleton:
+        """The part that makes some of its values, which are its outputs."""
+        return replace(self, model=cut(self.model, names))
+
+    def whole(self) -> ModelProto:
+        """The model with its small weights, and with the others as inputs: all that shapes depend on."""
+        model = copied(self.model)
+        for name, array in self.weights.items():
+            if array.size <= _SMALL:
+                model.graph.initializer.append(numpy_helper.from_array(array, name))
+            kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+            model.graph.input.append(helper.make_tensor_value_info(name, kind, array.shape))
         return model
 
 
-def in_float32(model: ModelProto) -> ModelProto:
-    """The model with all other floating-point numbers read as float32."""
-    model = copied(model)
-    for value in (*model.graph.input, *model.graph.output):
-        if value.type.tensor_type.elem_type in _REALS:
+def skeleton(model: ModelProto) -> Skeleton:
+    """A model as one in float32, whatever its floating-point numbers are, in a version of ONNX that TVM knows."""
+    weights = {w.name: _real(numpy_helper.to_array(w)) for w in model.graph.initializer}
+    bare = ModelProto(ir_version=max(model.ir_version, 4), opset_import=model.opset_import)
+    bare.graph.node.extend(model.graph.node)
+    bare.graph.input.extend(inputs_of(model))
+    bare.graph.output.extend(model.graph.output)
+    for value in (*bare.graph.input, *bare.graph.output):
+        if value.type.tensor_type.elem_type in REALS:
             value.type.tensor_type.elem_type = TensorProto.FLOAT
-    del model.graph.value_info[:]
-    for tensor in (*model.graph.initializer, *(a.t for node in model.graph.node for a in node.attribute)):
-        if tensor.data_type in _REALS:
-            array = numpy_helper.to_array(tensor).astype(np.float32)
-            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if attribute.name in ("to", "dtype") and attribute.i in _REALS:
-                attribute.i = TensorProto.FLOAT
-    return model
+    for attribute in (a for node in bare.graph.node for a in node.attribute):
+        if attribute.name in ("to", "dtype") and attribute.i in REALS:
+            attribute.i = TensorProto.FLOAT
+        if attribute.t.data_type in REALS:
+            array = _real(numpy_helper.to_array(attribute.t))
+            attribute.t.CopyFrom(numpy_helper.from_array(array, attribute.t.name))
+    return constants_folded(_updated(Skeleton(bare, weights)), {})
 
 
-def channels_first(model: ModelProto) -> tuple[ModelProto, frozenset[str]]:
+def _real(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.float32) if helper.np_dtype_to_tensor_dtype(array.dtype) in REALS else array
+
+
+def _updated(source: Skeleton) -> Skeleton:
+    """The model in a newer version of ONNX if its own is too old."""
+    if opset_of(source.model) >= _OLDEST:
+        return source
+    try:
+        model = version_converter.convert_version(source.whole(), _OLDEST)
+    except Exception:  # it does not know all operators; TVM's importer may
+        return source
+    inputs = {i.name for i in source.model.graph.input}
+    made = {w.name: numpy_helper.to_array(w) for w in model.graph.initializer}
+    kept = [i for i in model.graph.input if i.name in inputs]
+    del model.graph.initializer[:], model.graph.input[:], model.graph.value_info[:]
+    model.graph.input.extend(kept)
+    return Skeleton(model, {**source.weights, **made})
+
+
+def channels_first(source: Skeleton) -> tuple[Skeleton, frozenset[str]]:
     """The model of N x H x W x C images as one of N x C x H x W, and the values that it has in another order.
 
     It is such a model if nothing but arithmetic on single pixels comes before a transpose to channels first; others
     stay as they are.
     """
-    (image,) = inputs_of(model)
-    constants = {w.name: numpy_helper.to_array(w) for w in model.graph.initializer}
-    chain = list(_chain(model, image.name, constants))
+    model, (image,) = source.model, source.model.graph.input
+    chain = list(_chain(model, image.name, source.weights))
     if not chain or not _transposes(chain[-1], _FIRST):
-        return model, frozenset()
-    changed = copied(model)
+        return source, frozenset()
+    changed, weights = copied(model), dict(source.weights)
     del changed.graph.node[:], changed.graph.value_info[:]
     names = {node.output[0] for node in chain}
     for node in model.graph.node:
@@ -84,14 +118,14 @@ def channels_first(model: ModelProto) -> tuple[ModelProto, frozenset[str]]:
         elif node.output[0] == chain[-1].output[0]:
             changed.graph.node.append(helper.make_node("Identity", node.input, node.output))
         else:
-            changed.graph.node.append(_with_constants(changed.graph, node, constants))
-    dims = next(i for i in changed.graph.input if i.name == image.name).type.tensor_type.shape.dim
-    order = [onnx.TensorShapeProto.Dimension() for _ in _FIRST]
-    for dim, source in zip(order, _FIRST, strict=True):
-        dim.CopyFrom(dims[source])
-    for dim, source in zip(dims, order, strict=True):
-        dim.CopyFrom(source)
-    return changed, frozenset((names - {chain[-1].output[0]}) | {image.name})
+            changed.graph.node.append(_with_constants(node, weights))
+    dims = changed.graph.input[0].type.tensor_type.shape.dim
+    order = [onnx.TensorShapeProto.Dimension() for _ in dims]
+    for dim, place in zip(order, _FIRST, strict=False):
+        dim.CopyFrom(dims[place])
+    for dim, first in zip(dims, order, strict=True):
+        dim.CopyFrom(first)
+    return Skeleton(changed, weights), frozenset((names - {chain[-1].output[0]}) | {image.name})
 
 
 def _transposes(node: NodeProto, order: Sequence[int]) -> bool:
@@ -111,36 +145,37 @@ def _chain(model: ModelProto, name: str, constants: Mapping[str, np.ndarray]) ->
         name = users[0].output[0]
 
 
-def _with_constants(graph: onnx.GraphProto, node: NodeProto, constants: Mapping[str, np.ndarray]) -> NodeProto:
-    """An operator on channels-last images as the same on channels-first ones."""
+def _with_constants(node: NodeProto, weights: dict[str, np.ndarray]) -> NodeProto:
+    """An operator on channels-last images as the same on channels-first ones; its weights are added."""
     changed = NodeProto()
     changed.CopyFrom(node)
     for i, name in enumerate(node.input):
-        if name in constants and constants[name].ndim:
-            array = constants[name].reshape([1] * (4 - constants[name].ndim) + list(constants[name].shape))
+        if name in weights and weights[name].ndim:
+            array = weights[name].reshape([1] * (4 - weights[name].ndim) + list(weights[name].shape))
             changed.input[i] = f"{node.output[0]}.input{i}"
-            turned = np.ascontiguousarray(array.transpose(_FIRST))
-            graph.initializer.append(numpy_helper.from_array(turned, changed.input[i]))
+            weights[changed.input[i]] = np.ascontiguousarray(array.transpose(_FIRST))
     return changed
 
 
-def shapes_folded(model: ModelProto, name: str, shape: Sequence[int]) -> ModelProto:
-    """The model for inputs of a fixed shape, with the arithmetic on shapes done."""
-    fixed = copied(model)
-    given = next(i for i in fixed.graph.input if i.name == name)
-    given.CopyFrom(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
-    del fixed.graph.value_info[:]
-    for output in fixed.graph.output:
+def shapes_folded(source: Skeleton, shape: Sequence[int]) -> Skeleton:
+    """The model for images of a fixed shape, with the arithmetic on shapes done."""
+    model = copied(source.model)
+    image = model.graph.input[0]
+    image.CopyFrom(helper.make_tensor_value_info(image.name, TensorProto.FLOAT, shape))
+    del model.graph.value_info[:]
+    for output in model.graph.output:
         output.type.tensor_type.ClearField("shape")
-    while True:
-        before = len(fixed.graph.node)
+    fixed = replace(source, model=model)
+    while any(node.op_type == "Shape" for node in fixed.model.graph.node):
+        before = len(fixed.model.graph.node)
         fixed = constants_folded(fixed, _known_shapes(fixed))
-        if len(fixed.graph.node) == before or not any(node.op_type == "Shape" for node in fixed.graph.node):
-            return constants_folded(fixed, {})
+        if len(fixed.model.graph.node) == before:
+            break
+    return fixed
 
 
-def _known_shapes(model: ModelProto) -> dict[str, tuple[int, ...]]:
-    inferred = shape_inference.infer_shapes(model, data_prop=True).graph
+def _known_shapes(source: Skeleton) -> dict[str, tuple[int, ...]]:
+    inferred = shape_inference.infer_shapes(source.whole(), data_prop=True).graph
     return {
         v.name: tuple(int(d.dim_value) for d in v.type.tensor_type.shape.dim)
         for v in [*inferred.value_info, *inferred.input]
@@ -148,39 +183,38 @@ def _known_shapes(model: ModelProto) -> dict[str, tuple[int, ...]]:
     }
 
 
-def constants_folded(model: ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> ModelProto:
+def constants_folded(source: Skeleton, shapes: Mapping[str, tuple[int, ...]]) -> Skeleton:
     """The model with what depends on constants only worked out: shapes, pads and axes, and weights that are computed.
 
     ``shapes`` are those that are known, by the name of the value.
     """
-    values = {w.name: numpy_helper.to_array(w) for w in model.graph.initializer}
-    folded = copied(model)
-    del folded.graph.node[:]
-    for node in model.graph.node:
-        outputs = _constant_outputs(node, values, shapes, opset_of(model))
+    weights, kept = dict(source.weights), []
+    for node in source.model.graph.node:
+        outputs = _constant_outputs(node, weights, shapes, opset_of(source.model))
         if outputs is None:
-            folded.graph.node.append(node)
-            continue
-        for name, value in zip(node.output, outputs, strict=True):
-            values[name] = value
-            folded.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
-    return cut(folded, [output.name for output in folded.graph.output])
+            kept.append(node)
+        else:
+            weights.update(zip(node.output, outputs, strict=True))
+    model = copied(source.model)
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+    return Skeleton(cut(model, [output.name for output in model.graph.output]), weights)
 
 
 def _constant_outputs(
-    node: NodeProto, values: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], opset: int
+    node: NodeProto, weights: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], opset: int
 ) -> list[np.ndarray] | None:
     if node.op_type == "Shape" and node.input[0] in shapes:
         bounds = {a.name: a.i for a in node.attribute}
         return [np.array(shapes[node.input[0]][bounds.get("start", 0) : bounds.get("end")], np.int64)]
     if node.op_type == "Constant" and node.attribute[0].name == "value":
         return [numpy_helper.to_array(node.attribute[0].t)]
-    if node.domain not in DOMAINS or node.op_type in _RANDOM or any(name and name not in values for name in node.input):
+    if node.domain not in DOMAINS or node.op_type in _RANDOM or any(n and n not in weights for n in node.input):
         return None
     if any(attribute.type == onnx.AttributeProto.GRAPH for attribute in node.attribute):
         return None
     try:
-        return run_node(node, values, opset)
+        return run_node(node, weights, opset)
     except Exception:  # an operator that is not known, which the importer says better
         return None
 

@@ -5,24 +5,24 @@ from __future__ import annotations
 import ast
 
 import onnx
-from onnx import numpy_helper
 
 from tvm_lowrank.importers.linear import weight_digest
+from tvm_lowrank.importers.onnx_graph import Skeleton
 
 
-def conv_ids(graph: onnx.GraphProto) -> list[str | None]:
+def conv_ids(source: Skeleton) -> list[str | None]:
     """The id of each 2-D convolution, in order: the exporter's scope, the weight's name, or the node's name."""
-    ranks = {w.name: len(w.dims) for w in graph.initializer}
-    return [_conv_id(node) for node in graph.node if node.op_type == "Conv" and ranks.get(node.input[1], 4) == 4]
+    weights = source.weights
+    convs = [node for node in source.model.graph.node if node.op_type == "Conv"]
+    return [_conv_id(node) for node in convs if node.input[1] not in weights or weights[node.input[1]].ndim == 4]
 
 
-def linear_ids(graph: onnx.GraphProto) -> dict[str, str | None]:
+def linear_ids(source: Skeleton) -> dict[str, str | None]:
     """The ids of the linear layers, by weight."""
-    matrices = {w.name: w for w in graph.initializer if len(w.dims) == 2}
     ids = {}
-    for node in graph.node:
-        if node.op_type in ("Gemm", "MatMul") and node.input[1] in matrices:
-            weight = numpy_helper.to_array(matrices[node.input[1]])
+    for node in source.model.graph.node:
+        weight = source.weights.get(node.input[1]) if node.op_type in ("Gemm", "MatMul") else None
+        if weight is not None and weight.ndim == 2:
             transposed = any(a.name == "transB" and a.i for a in node.attribute)
             ids[weight_digest(weight if transposed else weight.T)] = _conv_id(node)
     return ids

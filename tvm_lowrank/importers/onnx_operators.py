@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from onnx import helper
 from tvm import relax, tirx
-from tvm.ir import GenericConst
+from tvm.ir import GenericConst, IRModule
 from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter
 
+from tvm_lowrank.importers.onnx_graph import Skeleton, opset_of
 from tvm_lowrank.importers.onnx_run import run_node
 from tvm_lowrank.importers.resize import resized
 
@@ -21,6 +22,17 @@ Prepare = Callable[[Any, Attrs], None]
 
 class Importer(ONNXGraphImporter):
     """TVM's importer with Relax operators where it emits kernels, and convolutions bound in the graph's order."""
+
+    def __init__(self, source: Skeleton, shape: Sequence[Any]) -> None:
+        super().__init__({source.model.graph.input[0].name: list(shape)}, "float32")
+        self._source = source
+
+    def imported(self) -> IRModule:
+        """The model as TVM's importer translates it."""
+        graph = self._source.model.graph
+        read = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
+        self._nodes.update({name: relax.const(w) for name, w in self._source.weights.items() if name in read})
+        return self.from_onnx(graph, opset_of(self._source.model))
 
     def _convert_operator(self, op_name: str, inputs: Any, attrs: Attrs, opset: int) -> relax.Expr:
         if op_name in _CONVERTERS:
