@@ -11,6 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from tvm.ir import IRModule
+
+from tvm_lowrank.bridge.torch_bridge import TorchBridge
 
 Run = Callable[[np.ndarray], Sequence[np.ndarray]]
 
@@ -57,11 +61,23 @@ def answered(run: Run, shape: Sequence[int], coarseness: float = 1.0) -> Answere
     return Answered(images, outputs, run((images[:1] * (1 + steps)).astype(np.float32)), coarseness)
 
 
+def bridged(mod: IRModule) -> Run:
+    """An imported module as a function of arrays."""
+    bridge = TorchBridge(mod)
+
+    def run(images: np.ndarray) -> list[np.ndarray]:
+        with torch.no_grad():
+            return [bridge(torch.from_numpy(images)).numpy()]
+
+    return run
+
+
 def excess(expected: np.ndarray, got: np.ndarray, moved: np.ndarray, coarseness: float = 1.0) -> float:
     """How far apart two outputs are, in units of what is allowed: above 1 they differ; Inf if in shape.
 
-    ``expected`` are (2, ...), ``got`` those of the first image or of both; ``moved`` are the source's outputs for the images that were moved. Each channel, and each position along the last
-    axis, is judged by its own size: boxes must not hide scores.
+    ``expected`` are (2, ...), ``got`` those of the first image or of both; ``moved`` are the source's outputs for the
+    images that were moved. Each channel, and each position along the last axis, is judged by its own size: boxes must
+    not hide scores.
     """
     count = len(got) if got.ndim else 0
     if not count or expected[:count].shape != got.shape:

@@ -9,15 +9,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-import torch
 from tvm import tirx
 from tvm.ir import IRModule
 
-from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.console import phase, warn
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.importers.canonical import canonicalise, check_sites, condense
-from tvm_lowrank.importers.compare import Answered, answered, telling
+from tvm_lowrank.importers.compare import Answered, answered, bridged, telling
 from tvm_lowrank.importers.from_torch import quiet, quietly
 from tvm_lowrank.importers.onnx_graph import Skeleton, channels_first, cut, inputs_of, shapes_folded, skeleton
 from tvm_lowrank.importers.onnx_names import conv_ids, linear_ids
@@ -232,20 +230,10 @@ def _file(source: _Source) -> Callable[[np.ndarray], list[np.ndarray]]:
     return compute
 
 
-def _bridge(mod: IRModule) -> Callable[[np.ndarray], list[np.ndarray]]:
-    bridge = TorchBridge(mod)
-
-    def compute(x: np.ndarray) -> list[np.ndarray]:
-        with torch.no_grad():
-            return [bridge(torch.from_numpy(x)).numpy()]
-
-    return compute
-
-
 def _difference(source: _Source, expected: Answered, mod: IRModule, batch: int) -> str | None:
     """The first operator of the file whose value differs from the import's, in words; None if there is none."""
     last = source.outputs
-    if not expected.excess(_bridge(mod)) > 1:
+    if not expected.excess(bridged(mod)) > 1:
         blind = [name for name, y in zip(source.outputs, expected.outputs, strict=True) if not telling(y)]
         last = [name for name in (_earlier(source, n) for n in blind) if name and _differs(source, name, batch)]
     for name in last:
@@ -267,7 +255,7 @@ def _differs(source: _Source, name: str, batch: int) -> bool:
     part = source.part([name])
     expected = _answered(part)
     try:
-        return expected is not None and expected.excess(_bridge(_canonical(part, batch))) > 1
+        return expected is not None and expected.excess(bridged(_canonical(part, batch))) > 1
     except UserError:
         return False
 

@@ -26,14 +26,15 @@ def import_model(source: str | Path | nn.Module, *, input_shape: tuple[int, ...]
     Parameters
     ----------
     source : ``pkg.module:factory`` or ``file.py:factory`` (called without arguments, returns a torch module),
-        ``model.pt2`` (torch.export), ``model.onnx``, or a torch module.
-    input_shape : (N, C, H, W); needed for torch modules. N is symbolic in the result, whatever is given here.
+        ``model.pt2`` (torch.export), ``model.onnx``, ``model.pt`` (TorchScript), or a torch module.
+    input_shape : (N, C, H, W); needed for torch modules and TorchScript. N is symbolic in the result, whatever is given here.
 
     Raises
     ------
     UserError
         If the source cannot be found or loaded, does not take this input, has an operator that cannot be imported,
-        has several outputs, is not float32, has weights that are not finite, or has no convolution.
+        has several outputs, has other inputs than floating-point numbers, has weights that are not finite, has no
+        convolution, or if the import's outputs are not the source's.
     """
     if input_shape is not None:
         input_shape = checked_shape(input_shape)
@@ -43,18 +44,39 @@ def import_model(source: str | Path | nn.Module, *, input_shape: tuple[int, ...]
     path, colon, factory = text.rpartition(":")
     if colon and factory.isidentifier():
         return _import_module(_made(path, factory), text, input_shape)
-    if Path(text).suffix not in (".pt2", ".onnx"):
+    if Path(text).suffix not in _READERS:
         hint = "the name of the factory is missing" if Path(text).suffix == ".py" else "it is none of the known kinds"
         raise UserError(f"cannot import {text!r}: {hint}; {_REMEDY}")
     if not Path(text).is_file():
         raise UserError(f"model {text} does not exist; {_REMEDY}")
-    if Path(text).suffix == ".pt2":
-        from tvm_lowrank.importers.from_torch import from_pt2
+    return _READERS[Path(text).suffix](Path(text), input_shape)
 
-        return from_pt2(Path(text), input_shape)
+
+def _read_pt2(path: Path, input_shape: tuple[int, ...] | None) -> IRModule:
+    from tvm_lowrank.importers.from_torch import from_pt2
+
+    return from_pt2(path, input_shape)
+
+
+def _read_onnx(path: Path, input_shape: tuple[int, ...] | None) -> IRModule:
     from tvm_lowrank.importers.from_onnx import from_onnx_file
 
-    return from_onnx_file(Path(text), input_shape)
+    return from_onnx_file(path, input_shape)
+
+
+def _read_torchscript(path: Path, input_shape: tuple[int, ...] | None) -> IRModule:
+    from tvm_lowrank.importers.from_torchscript import from_torchscript
+
+    return from_torchscript(path, input_shape)
+
+
+_READERS = {
+    ".onnx": _read_onnx,
+    ".pt": _read_torchscript,
+    ".pt2": _read_pt2,
+    ".pth": _read_torchscript,
+    ".torchscript": _read_torchscript,
+}
 
 
 def _import_module(model: nn.Module, name: str, input_shape: tuple[int, ...] | None) -> IRModule:

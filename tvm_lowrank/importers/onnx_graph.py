@@ -16,6 +16,8 @@ _SMALL = 4096  # numbers of a weight that a shape may depend on
 _OLDEST = 10  # opset; from here on TVM's importer knows how operators take what used to be attributes
 REALS = {TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
 _RANDOM = {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
+# operators that also give what a training needs: statistics, masks, indices
+_ALSO = {"BatchNormalization", "Dropout", "MaxPool"}
 _FIRST = [0, 3, 1, 2]  # from channels last to channels first
 _POINTWISE = {"Add", "Cast", "Clip", "Div", "Identity", "Mul", "Neg", "Pow", "Sub"}
 
@@ -224,7 +226,7 @@ def cut(model: ModelProto, names: Sequence[str]) -> ModelProto:
     part, needed, kept = copied(model), set(names), []
     for node in reversed(model.graph.node):
         if needed & set(node.output):
-            kept.append(node)
+            kept.append(_without_unread(node, needed) if node.op_type in _ALSO else node)
             needed |= _read(node)
     weights = [weight for weight in part.graph.initializer if weight.name in needed]
     inputs = inputs_of(part)  # older versions list the weights among them
@@ -235,6 +237,15 @@ def cut(model: ModelProto, names: Sequence[str]) -> ModelProto:
     part.graph.initializer.extend(weights)
     part.ir_version = max(part.ir_version, 4)
     return part
+
+
+def _without_unread(node: NodeProto, needed: set[str]) -> NodeProto:
+    """An operator without its last outputs if nobody reads them."""
+    shortened = NodeProto()
+    shortened.CopyFrom(node)
+    while shortened.output[-1] not in needed:
+        del shortened.output[-1]
+    return shortened
 
 
 def _read(node: NodeProto) -> set[str]:

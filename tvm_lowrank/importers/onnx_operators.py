@@ -16,7 +16,7 @@ from tvm_lowrank.importers.onnx_run import run_node
 from tvm_lowrank.importers.resize import resized
 
 Attrs = dict[str, Any]
-Convert = Callable[[relax.BlockBuilder, Any, Attrs], relax.Expr]
+Convert = Callable[[relax.BlockBuilder, Any, Attrs], relax.Expr | None]  # None: TVM's importer does it
 Prepare = Callable[[Any, Attrs], None]
 
 
@@ -36,7 +36,9 @@ class Importer(ONNXGraphImporter):
 
     def _convert_operator(self, op_name: str, inputs: Any, attrs: Attrs, opset: int) -> relax.Expr:
         if op_name in _CONVERTERS:
-            return self.bb.normalize(_CONVERTERS[op_name](self.bb, inputs, {**attrs, "opset": opset}))
+            own = _CONVERTERS[op_name](self.bb, inputs, {**attrs, "opset": opset})
+            if own is not None:
+                return self.bb.normalize(own)
         if op_name in _PREPARED:
             _PREPARED[op_name](inputs, attrs)
         value = super()._convert_operator(op_name, inputs, attrs, opset)
@@ -99,6 +101,17 @@ def _tile(_builder: relax.BlockBuilder, inputs: Any, _attrs: Attrs) -> relax.Exp
     return inputs[0] if repeats is None else relax.op.tile(inputs[0], [int(r) for r in repeats])
 
 
+def _gather(_builder: relax.BlockBuilder, inputs: Any, attrs: Attrs) -> relax.Expr | None:
+    """At constant places, which TVM's importer would count at run time."""
+    data, places = inputs
+    if not isinstance(data, relax.Var) or not isinstance(places, GenericConst):
+        return None
+    axis, shape = int(attrs.get("axis", 0)), list(data.ty.shape)
+    if not isinstance(shape[axis], tirx.IntImm):
+        return None
+    return relax.op.take(data, relax.const(places.value.numpy().astype("int64") % int(shape[axis])), axis % len(shape))
+
+
 def _resize(builder: relax.BlockBuilder, inputs: Any, attrs: Attrs) -> relax.Expr:
     """By scales or to sizes; before opset 11 without a region, so that the scales are the second input."""
     rank, late = len(inputs[0].ty.shape), attrs["opset"] >= 11
@@ -157,6 +170,20 @@ def _pool_padding(inputs: Any, attrs: Attrs) -> None:
     if auto in (b"SAME_UPPER", b"SAME_LOWER"):
         attrs["pads"] = _same_pads(auto, _spatial(inputs[0]), attrs["kernel_shape"], attrs)
         attrs["auto_pad"] = b"NOTSET"
+    if attrs.get("ceil_mode") and _only_padding(_spatial(inputs[0]), attrs):
+        attrs["ceil_mode"] = 0
+
+
+def _only_padding(size: Sequence[int], attrs: Attrs) -> bool:
+    """Whether each window that rounding up would add, if any, starts in the padding: there is none such in ONNX."""
+    kernel, rank = attrs["kernel_shape"], len(size)
+    strides, dilations = attrs.get("strides", [1] * rank), attrs.get("dilations", [1] * rank)
+    pads = attrs.get("pads", [0] * (2 * rank))
+    for n, k, s, d, before, after in zip(size, kernel, strides, dilations, pads[:rank], pads[rank:], strict=True):
+        room = n + before + after - (k - 1) * d - 1
+        if room % s and -(-room // s) * s < n + before:
+            return False
+    return True
 
 
 def _same_pads(auto: bytes, size: Sequence[int], kernel: Sequence[int], attrs: Attrs) -> list[int]:
@@ -197,8 +224,14 @@ def _transpose_padding(inputs: Any, attrs: Attrs) -> None:
     attrs["auto_pad"] = b"NOTSET"
 
 
+def _real_exponent(inputs: Any, _attrs: Attrs) -> None:
+    if isinstance(inputs[1], GenericConst):
+        inputs[1] = relax.const(inputs[1].value.numpy().astype(str(inputs[0].ty.dtype)))
+
+
 _CONVERTERS: dict[str, Convert] = {
     "Clip": _clip,
+    "Gather": _gather,
     "Pad": _pad,
     "Resize": _resize,
     "Tile": _tile,
@@ -209,4 +242,5 @@ _PREPARED: dict[str, Prepare] = {
     "Conv": _conv_padding,
     "ConvTranspose": _transpose_padding,
     "MaxPool": _pool_padding,
+    "Pow": _real_exponent,
 }
