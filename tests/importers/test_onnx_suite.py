@@ -6,7 +6,7 @@ is the image, reshaped from four dimensions, after a convolution that changes no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,20 @@ LIGHT = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light"
 LARGE = {"light_bvlc_alexnet", "light_vgg19", "light_zfnet512"}  # hundreds of megabytes of weights, all the same
 
 # the operators that ONNX files may hold, in units of what a network does to images
-CLAIMED = """
-Abs Acos Add Asin Atan AveragePool BatchNormalization Ceil Clip Concat Conv ConvTranspose Cos Cosh
-DepthToSpace Div Dropout Elu Erf Exp Expand Flatten Floor Gather Gelu Gemm GlobalAveragePool GlobalMaxPool
-GroupNormalization HardSigmoid HardSwish Identity InstanceNormalization LRN LayerNormalization LeakyRelu Log
-LogSoftmax MatMul Max MaxPool Mean Min Mish Mul Neg PRelu Pad Pow Reciprocal ReduceL1 ReduceL2 ReduceLogSum
-ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu Reshape Resize Round Selu
-Sigmoid Sign Sin Sinh Slice Softmax Softplus Softsign SpaceToDepth Split Sqrt Squeeze Sub Sum Tan Tanh
-ThresholdedRelu Transpose Unsqueeze Upsample
-""".split()
+CLAIMED = set(
+    re.findall(
+        r"\w+",
+        """
+        Abs Acos Add Asin Atan AveragePool BatchNormalization Ceil Clip Concat Conv ConvTranspose Cos Cosh
+        DepthToSpace Div Dropout Elu Erf Exp Expand Flatten Floor Gather Gelu Gemm GlobalAveragePool
+        GlobalMaxPool GroupNormalization HardSigmoid HardSwish Identity InstanceNormalization LRN
+        LayerNormalization LeakyRelu Log LogSoftmax MatMul Max MaxPool Mean Min Mish Mul Neg PRelu Pad Pow
+        Reciprocal ReduceL1 ReduceL2 ReduceLogSum ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum
+        ReduceSumSquare Relu Reshape Resize Round Selu Sigmoid Sign Sin Sinh Slice Softmax Softplus Softsign
+        SpaceToDepth Split Sqrt Squeeze Sub Sum Tan Tanh ThresholdedRelu Transpose Unsqueeze Upsample
+        """,
+    )
+)
 
 
 def answer(mod: Any, x: np.ndarray) -> np.ndarray:
@@ -56,9 +61,26 @@ def test_light_models(name: str) -> None:
     np.testing.assert_allclose(answer(mod, x), expected.reshape(1, *expected.shape[1:]), rtol=1e-3, atol=1e-7)
 
 
+CONCATENATED = [
+    f"{d}d_axis_{a}" for d, axes in ((2, "1 negative_1"), (3, "1 2 negative_2 negative_1")) for a in axes.split()
+]
+NORMALISED = ["4d_axis0", "4d_axis_negative_4", "2d_axis0", "2d_axis_negative_2", "3d_axis0_epsilon"]
+NORMALISED += ["3d_axis_negative_3_epsilon"]
+ASPECT = [f"{way}sample_sizes_nearest_not_{size}" for way in ("up", "down") for size in ("larger", "smaller")]
 # what is refused, and why; everything else passes
-REFUSED: dict[str, str] = {}
-MIXED: set[str] = set()
+REFUSED = {
+    "test_averagepool_2d_dilations": "dilation",
+    "test_convtranspose_1d": "conv1d_transpose",
+    "test_resize_tf_crop_and_resize_extrapolation_value": "extrapolates",
+    "test_spacetodepth_crd_mode_example": "first at operator SpaceToDepth",
+    # constants of several images, and operators on the first axis: they mix images
+    **{f"test_concat_{case}": "batch" for case in CONCATENATED},
+    **{f"test_layer_normalization_{case}": "batch" for case in NORMALISED},
+    **{f"test_slice_{case}": "batch" for case in ("default_axes", "default_steps", "negative_axes")},
+    **{f"test_resize_{case}": "aspect ratio" for case in ASPECT},
+}
+# ONNX Runtime and ONNX's reference disagree about the last position: 4.0 and 3.142857
+DISPUTED = {f"test_resize_downsample_scales_{mode}_align_corners" for mode in ("linear", "cubic")}
 TRAINING = ("training_mode", "training_dropout")
 
 
@@ -68,8 +90,8 @@ def node_tests() -> dict[str, Any]:
 
     Tests of training, and tests in which the operator mixes what would be the images, are left out.
     """
-    state = np.random.get_state()
-    np.random.seed(0)
+    state = np.random.get_state()  # noqa: NPY002
+    np.random.seed(0)  # noqa: NPY002
     found = {}
     for case in collect_testcases(None):
         nodes, sets = case.model.graph.node, case.data_sets
@@ -78,9 +100,9 @@ def node_tests() -> dict[str, Any]:
         first, answer = (values[0] if values else None for values in sets[0])
         if not isinstance(first, np.ndarray) or first.dtype != np.float32 or not 1 <= first.ndim <= 4:
             continue
-        if first.size and np.ndim(answer) and len(answer) == len(first) and case.name not in MIXED:
+        if first.size and np.ndim(answer) and len(answer) == len(first) and case.name not in DISPUTED:
             found[case.name] = case
-    np.random.set_state(state)
+    np.random.set_state(state)  # noqa: NPY002
     return found
 
 
@@ -122,3 +144,13 @@ def outcome(case: Any) -> str:
         np.testing.assert_allclose(answer(mod, x), expected, rtol=max(case.rtol, 1e-3), atol=max(case.atol, 1e-5))
         return "passed"
     return reason
+
+
+def test_node_tests() -> None:
+    outcomes = {name: outcome(case) for name, case in node_tests().items()}
+    refused = {name: reason for name, reason in outcomes.items() if reason != "passed"}
+    assert set(refused) == set(REFUSED), set(refused) ^ set(REFUSED)
+    assert all(REFUSED[name] in reason for name, reason in refused.items()), refused
+    assert len(outcomes) - len(refused) >= 333
+    passed = {node_tests()[name].model.graph.node[0].op_type for name in set(outcomes) - set(refused)}
+    assert CLAIMED - passed == {"Concat"}

@@ -29,7 +29,7 @@ _MOVES = 3
 class Answered:
     """Two images, (2, C, H, W) float32; a source's outputs for them, and for the first moved a little, several times.
 
-    ``coarseness`` is that of the source's number format, in units of float32's.
+    ``coarseness`` is that of the source's number format: the root, roughly, of its rounding in units of float32's.
     """
 
     images: np.ndarray
@@ -89,7 +89,7 @@ def excess(expected: np.ndarray, got: np.ndarray, moved: np.ndarray, coarseness:
     expected, got, moved = (_finite(values) for values in (expected, got, moved))
     worst = 0.0
     for axis in {1, expected.ndim - 1} if expected.size else ():
-        allowed = _SHARE * coarseness * _spread(expected, axis) + _ROUNDING * coarseness * _largest(expected, axis)
+        allowed = _SHARE * coarseness * _spread(expected, axis) + _ROUNDING * coarseness**2 * _largest(expected, axis)
         allowed += _ALLOWED * _largest(moved - expected[:1], axis)
         worst = max(worst, float(np.max(_largest(got - expected[:count], axis) / np.maximum(allowed, 1e-30))))
     return worst

@@ -25,12 +25,12 @@ from tvm_lowrank.importers.onnx_run import runner
 # a batch that no other dimension of a network is likely to have, for graphs that TVM imports with a fixed one only
 _UNUSUAL_BATCH = 61
 _BACK = 8  # values that are looked through for one that tells something
-# how coarse numbers are, in units of float32's rounding; not as much as they could be, because they are averaged
+# how coarse numbers are, see `tvm_lowrank.importers.compare`
 _TYPES = {
     onnx.TensorProto.FLOAT: 1.0,
     onnx.TensorProto.DOUBLE: 1.0,
     onnx.TensorProto.FLOAT16: 30.0,
-    onnx.TensorProto.BFLOAT16: 240.0,
+    onnx.TensorProto.BFLOAT16: 90.0,
 }
 
 
@@ -39,7 +39,7 @@ class _Source:
     """A model as it was written, and the same as one that TVM imports.
 
     Its input's name and shape (N, C, H, W), N being 0 if it is open; the values that the file has channels last; and
-    how coarse its numbers are, in units of float32's rounding.
+    how coarse its numbers are.
     """
 
     written: onnx.ModelProto
@@ -83,10 +83,10 @@ def from_onnx(model: onnx.ModelProto, input_shape: tuple[int, ...] | None = None
     """
     source = _source(model, input_shape)
     expected = _answered(source)
-    if expected is None:
-        warn("neither ONNX Runtime nor ONNX's evaluator runs the model; the import is not compared with it")
     mod, batch = _imported(source, expected)
     check_sites(mod)
+    if expected is None:
+        warn("neither ONNX Runtime nor ONNX's evaluator runs the model; the import was not compared with it")
     _say_what_changed(source, batch)
     return mod
 

@@ -32,8 +32,7 @@ T = TypeVar("T")
 
 # torch.export fixes dimensions of size 1 at that size, so the batch of the example must not be 1
 _EXAMPLE_BATCH = 2
-# how coarse numbers are, in units of float32's; rounding them averages out
-_HALVES = {torch.float16: 30.0, torch.bfloat16: 240.0}
+_HALVES = {torch.float16: 30.0, torch.bfloat16: 90.0}  # how coarse they are, see `tvm_lowrank.importers.compare`
 
 
 def from_module(model: nn.Module, input_shape: tuple[int, ...]) -> IRModule:
@@ -135,7 +134,7 @@ def _dtypes(program: ExportedProgram) -> set[torch.dtype]:
 
 
 def _coarseness(program: ExportedProgram) -> float:
-    """That of the program's numbers, in units of float32's."""
+    """That of the program's numbers, see `tvm_lowrank.importers.compare`."""
     return max([1.0, *(_HALVES[dtype] for dtype in _dtypes(program) if dtype in _HALVES)])
 
 

@@ -30,7 +30,7 @@ def from_torchscript(path: Path, input_shape: tuple[int, ...] | None) -> IRModul
     """
     script = quietly(
         lambda: torch.jit.load(path, map_location="cpu").eval().float(),
-        lambda e: f"{path} is no TorchScript program ({condense(e)}); {_REMEDY}",
+        lambda e: f"{path} is no TorchScript program; if it holds weights only, {_REMEDY}",
     )
     if input_shape is None:
         raise UserError(f"{path} needs an input shape; give N,C,H,W such as 1,3,224,224")

@@ -27,7 +27,8 @@ def import_model(source: str | Path | nn.Module, *, input_shape: tuple[int, ...]
     ----------
     source : ``pkg.module:factory`` or ``file.py:factory`` (called without arguments, returns a torch module),
         ``model.pt2`` (torch.export), ``model.onnx``, ``model.pt`` (TorchScript), or a torch module.
-    input_shape : (N, C, H, W); needed for torch modules and TorchScript. N is symbolic in the result, whatever is given here.
+    input_shape : (N, C, H, W); needed for torch modules and TorchScript. N is symbolic in the result, whatever is given
+        here.
 
     Raises
     ------
