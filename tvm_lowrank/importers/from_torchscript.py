@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import io
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import onnx
 import torch
 from tvm.ir import IRModule
 
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.importers.canonical import condense
 from tvm_lowrank.importers.compare import answered, bridged
-from tvm_lowrank.importers.from_onnx import from_onnx
+from tvm_lowrank.importers.from_onnx import from_onnx_file
 from tvm_lowrank.importers.from_torch import quiet, quietly
 
 _REMEDY = "give file.py:factory that makes the module, or write a .pt2 with torch.export.save"
@@ -34,20 +34,15 @@ def from_torchscript(path: Path, input_shape: tuple[int, ...] | None) -> IRModul
     )
     if input_shape is None:
         raise UserError(f"{path} needs an input shape; give N,C,H,W such as 1,3,224,224")
-    written = io.BytesIO()
-    quietly(
-        lambda: torch.onnx.export(
-            script,
-            (torch.zeros((1, *input_shape[1:])),),
-            written,
-            dynamo=False,
-            opset_version=17,
-            input_names=["x"],
-            dynamic_axes={"x": {0: "batch"}},
-        ),
-        lambda e: f"torch cannot export {path}: {condense(e)}; {_REMEDY}",
-    )
-    mod = from_onnx(onnx.load_from_string(written.getvalue()), input_shape)
+    images = (torch.zeros((1, *input_shape[1:])),)
+    options: dict[str, Any] = {"opset_version": 17, "input_names": ["x"], "dynamic_axes": {"x": {0: "batch"}}}
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / "model.onnx"
+        quietly(
+            lambda: torch.onnx.export(script, images, written, dynamo=False, **options),
+            lambda e: f"torch cannot export {path}: {condense(e)}; {_REMEDY}",
+        )
+        mod = from_onnx_file(written, input_shape)
 
     def run(images: np.ndarray) -> list[np.ndarray]:
         return [script(torch.from_numpy(images)).numpy()]

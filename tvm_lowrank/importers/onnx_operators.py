@@ -141,7 +141,7 @@ def _matrix(attrs: Attrs, size: int, how: dict[str, Any], region: tuple[float, f
         raise ValueError("a Resize that extrapolates by another value than 0")
     values = {
         "x": np.eye(size, dtype=np.float32)[None, None],
-        "roi": np.float32([0, 0, 0, region[0], 1, 1, 1, region[1]]),
+        "roi": np.array([0, 0, 0, region[0], 1, 1, 1, region[1]], np.float32),
     }
     if "sizes" in how:
         values["sizes"] = np.array([1, 1, size, how["sizes"]], np.int64)

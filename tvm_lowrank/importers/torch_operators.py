@@ -13,8 +13,8 @@ from tvm import relax
 from tvm_lowrank.importers.resize import resized
 
 # slow to trace, or decomposed into what hides what they were; an instance norm into what knows one batch only
-_WHOLE = ("elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "relu6", "silu")
-_WHOLE += ("instance_norm", "pad", "upsample_bicubic2d", "upsample_bilinear2d")
+_WHOLE = ["elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "relu6", "silu"]
+_WHOLE += ["instance_norm", "pad", "upsample_bicubic2d", "upsample_bilinear2d"]
 
 
 def decompositions() -> Any:
