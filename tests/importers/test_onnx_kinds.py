@@ -292,6 +292,12 @@ def test_recurrent_layers_are_refused(operator: str) -> None:
         from_onnx(model)
 
 
+def test_int8_networks_are_refused() -> None:
+    nodes, values = between(node("QuantizeLinear", ["r", "s"], ["q"]), node("DequantizeLinear", ["q", "s"], ["u"]))
+    with pytest.raises(UserError, match=r"whole numbers \(QuantizeLinear\); give the float32 model"):
+        from_onnx(network(nodes, {**values, "s": np.float32(0.1)}))
+
+
 # comparison
 
 

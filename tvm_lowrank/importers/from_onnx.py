@@ -105,25 +105,29 @@ def _source(model: onnx.ModelProto, input_shape: tuple[int, ...] | None) -> _Sou
     if kind not in _TYPES:
         dtype = onnx.TensorProto.DataType.Name(kind).lower()
         raise UserError(f"input {inputs[0].name!r} is {dtype}, not float32; export the model in float32")
-    _check_operators(model)
     tensors = (*model.graph.initializer, *(a.t for node in model.graph.node for a in node.attribute))
     coarseness = max([_TYPES[kind], *(_TYPES.get(tensor.data_type, 1.0) for tensor in tensors)])
     ready, turned = quietly(
         lambda: channels_first(skeleton(model)),
         lambda e: f"cannot read the model: {condense(e)}; check it with onnx.checker.check_model",
     )
+    _check_operators(ready.model)
     shape = _shape(ready.model.graph.input[0], input_shape, bool(turned))
     return _Source(model, ready, inputs[0].name, shape, turned, coarseness)
 
 
 def _check_operators(model: onnx.ModelProto) -> None:
     """Refuse what is known to have no import, with a way on."""
-    types = {node.op_type for node in model.graph.node}
-    for recurrent in sorted(types & {"GRU", "LSTM", "RNN"}):
-        raise UserError(
-            f"the model has a recurrent layer ({recurrent}), which TVM's importer lacks; "
-            "cut the graph in front of it with onnx.utils.extract_model"
-        )
+    for node in model.graph.node:
+        if node.op_type in ("GRU", "LSTM", "RNN"):
+            raise UserError(
+                f"the model has a recurrent layer ({node.op_type}), which TVM's importer lacks; "
+                "cut the graph in front of it with onnx.utils.extract_model"
+            )
+        if "Quantize" in node.op_type or node.op_type.startswith("QLinear") or node.op_type.endswith("Integer"):
+            raise UserError(
+                f"the model computes in whole numbers ({node.op_type}); give the float32 model that it was made from"
+            )
 
 
 def _shape(value: onnx.ValueInfoProto, given: tuple[int, ...] | None, turned: bool) -> tuple[int, ...]:

@@ -109,7 +109,8 @@ def _gather(_builder: relax.BlockBuilder, inputs: Any, attrs: Attrs) -> relax.Ex
     axis, shape = int(attrs.get("axis", 0)), list(data.ty.shape)
     if not isinstance(shape[axis], tirx.IntImm):
         return None
-    return relax.op.take(data, relax.const(places.value.numpy().astype("int64") % int(shape[axis])), axis % len(shape))
+    places = relax.const(places.value.numpy().astype("int64") % int(shape[axis]))
+    return relax.op.take(data, places, axis % len(shape), mode="clip")
 
 
 def _resize(builder: relax.BlockBuilder, inputs: Any, attrs: Attrs) -> relax.Expr:

@@ -65,7 +65,7 @@ def _along(builder: relax.BlockBuilder, image: relax.Expr, matrix: np.ndarray, a
         return image
     picked = matrix.argmax(1)
     if np.allclose(matrix, np.eye(matrix.shape[1])[picked], atol=_CLOSE):
-        return builder.emit(relax.op.take(image, relax.const(picked.astype("int64")), axis=axis))
+        return builder.emit(relax.op.take(image, relax.const(picked.astype("int64")), axis=axis, mode="clip"))
     weights = matrix.astype("float32")
     if axis == 2:
         return builder.emit(relax.op.matmul(relax.const(weights), image))
