@@ -86,7 +86,7 @@ def from_onnx(model: onnx.ModelProto, input_shape: tuple[int, ...] | None = None
     mod, batch = _imported(source, expected)
     check_sites(mod)
     if expected is None:
-        warn("neither ONNX Runtime nor ONNX's evaluator runs the model; the import was not compared with it")
+        warn("the file gave no outputs for random images (ONNX Runtime, ONNX's evaluator): the import was not compared")
     _say_what_changed(source, batch)
     return mod
 
@@ -236,14 +236,15 @@ def _file(source: _Source) -> Callable[[np.ndarray], list[np.ndarray]]:
 
 def _difference(source: _Source, expected: Answered, mod: IRModule, batch: int) -> str | None:
     """The first operator of the file whose value differs from the import's, in words; None if there is none."""
-    last = source.outputs
-    if not expected.excess(bridged(mod)) > 1:
+    differs, suspects = expected.excess(bridged(mod)) > 1, source.outputs
+    if not differs:
         blind = [name for name, y in zip(source.outputs, expected.outputs, strict=True) if not telling(y)]
-        last = [name for name in (_earlier(source, n) for n in blind) if name and _differs(source, name, batch)]
-    for name in last:
-        node = _first_different(source, name, batch)
-        return f"operator {node.op_type} ({node.name or node.output[0]})"
-    return None
+        suspects = [earlier for name in blind if (earlier := _earlier(source, name))]
+    for name in suspects:
+        if _differs(source, name, batch):
+            node = _first_different(source, name, batch)
+            return f"operator {node.op_type} ({node.name or node.output[0]})"
+    return "its output" if differs else None
 
 
 def _values(source: _Source, end: str) -> list[str]:
