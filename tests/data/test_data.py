@@ -194,6 +194,14 @@ def test_folder_leaves_images_of_the_right_size_alone(folder: Path) -> None:
     np.testing.assert_allclose(got.transpose(1, 2, 0) * 255, expected, atol=1e-3)
 
 
+def test_float_images_in_either_order() -> None:
+    """As a network from TensorFlow takes them, and as this tool does."""
+    first = images(3)
+    last = np.ascontiguousarray(np.asarray(first).transpose(0, 2, 3, 1))
+    got = [load_data(mapping(calibration=given), input_shape=SHAPE).calibration[:3] for given in (first, last)]
+    np.testing.assert_array_equal(got[0], got[1])
+
+
 # bad input
 
 ONES = np.ones((3, *SHAPE), "float32")
@@ -201,7 +209,7 @@ BAD_SPLITS = {
     "missing key": ({"calibration": ONES}, "has no 'selection'"),
     "calibration of a wrong size": (mapping(calibration=np.ones((3, 3, 9, 8))), "3x3x9x8.*n x 3x8x8"),
     "wrong channels": (mapping(selection=(np.ones((3, 1, 8, 8)), np.arange(3))), "3x1x8x8"),
-    "float NHWC": (mapping(calibration=np.ones((3, 8, 8, 3))), "float NCHW"),
+    "float NHWC of a wrong size": (mapping(calibration=np.ones((3, 9, 8, 3))), "float NCHW"),
     "uint8 NCHW": (mapping(calibration=np.ones((3, *SHAPE), "uint8")), "uint8 NHWC"),
     "integers": (mapping(calibration=np.ones((3, *SHAPE), "int32")), "int32"),
     "one image": (mapping(calibration=np.ones(SHAPE)), "have shape 3x8x8"),

@@ -377,7 +377,7 @@ def test_onnx_without_any_names(tmp_path: Path) -> None:
 def test_errors_of_onnx(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     cases = [
         (onnx_file(tmp_path / "op.onnx", "Hardmaxx"), ["Hardmaxx"]),
-        (onnx_file(tmp_path / "half.onnx", "Relu", dtype=onnx.TensorProto.FLOAT16), ["float16", "float32"]),
+        (onnx_file(tmp_path / "bytes.onnx", "Relu", dtype=onnx.TensorProto.UINT8), ["uint8", "float32"]),
         (onnx_file(tmp_path / "two.onnx", "Relu", outputs=2), ["y0, y1"]),
     ]
     for path, words in cases:

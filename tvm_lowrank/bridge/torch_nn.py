@@ -116,7 +116,6 @@ def _conv2d_transpose(attrs: Any) -> Compute:
     layouts = (str(attrs.data_layout), str(attrs.kernel_layout))
     need(layouts == ("NCHW", "IOHW"), f"a transposed convolution with layouts {'/'.join(layouts)}")
     common, rest = _split_padding(ints(attrs.padding))
-    need(not any(rest), "a transposed convolution with asymmetric padding")
     options: dict[str, Any] = {
         "stride": ints(attrs.strides),
         "padding": common,
@@ -124,7 +123,9 @@ def _conv2d_transpose(attrs: Any) -> Compute:
         "dilation": ints(attrs.dilation),
         "groups": int(attrs.groups),
     }
-    return lambda x, weight: F.conv_transpose2d(x, weight, None, **options)
+    # padding a transposed convolution cuts its output
+    cut = [-r for r in rest]
+    return lambda x, weight: F.pad(F.conv_transpose2d(x, weight, None, **options), cut)
 
 
 def _ceil_extra(
@@ -149,8 +150,13 @@ def _padded(x: Tensor, rest: tuple[int, ...], attrs: dict[str, Any], value: floa
 def _pool_attrs(attrs: Any, name: str) -> tuple[dict[str, Any], tuple[int, ...]]:
     _nchw(attrs, name)
     common, rest = _split_padding(ints(attrs.padding))
+    pool = ints(attrs.pool_size)
+    if any(2 * c > p for c, p in zip(common, pool, strict=True)):  # more than torch's pooling pads itself
+        before, after = ints(attrs.padding)[: len(pool)], ints(attrs.padding)[len(pool) :]
+        rest = tuple(v for pair in zip(reversed(before), reversed(after), strict=True) for v in pair)
+        common = (0,) * len(pool)
     return {
-        "pool": ints(attrs.pool_size),
+        "pool": pool,
         "strides": ints(attrs.strides),
         "dilation": ints(attrs.dilation),
         "common": common,

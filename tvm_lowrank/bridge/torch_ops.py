@@ -306,7 +306,7 @@ def _take(attrs: Any) -> Compute:
         where = torch.as_tensor(indices, device=x.device).long()
         source, dim = (x.flatten(), 0) if axis is None else (x, axis % x.dim())
         taken = torch.index_select(source, dim, torch.remainder(where.reshape(-1), source.shape[dim]))
-        return taken.reshape(*source.shape[:dim], *where.shape, *source.shape[dim + 1 :])
+        return taken.reshape((*source.shape[:dim], *where.shape, *source.shape[dim + 1 :]))
 
     return compute
 

@@ -36,15 +36,19 @@ class Form:
     scale: Scale | None = None
     classes: int | None = None
 
+    @property
+    def _last(self) -> tuple[int, int, int]:
+        channels, height, width = self.shape
+        return (height, width, channels)
+
     def check(self, shape: Sequence[int], dtype: np.dtype, split: str) -> None:
         """Raise UserError unless arrays of such a shape and type are images that the model takes."""
-        channels, height, width = self.shape
         pixels = dtype == np.uint8
-        expected = (height, width, channels) if pixels else self.shape
-        if len(shape) != 4 or tuple(shape[1:]) != expected:
+        expected = [self._last] if pixels else [self.shape, self._last]
+        if len(shape) != 4 or tuple(shape[1:]) not in expected:
             layout = "uint8 NHWC" if pixels else "float NCHW"
             raise UserError(
-                f"{split} images have shape {by(shape)} ({dtype}); the model takes {layout} n x {by(expected)}"
+                f"{split} images have shape {by(shape)} ({dtype}); the model takes {layout} n x {by(expected[0])}"
             )
         if not pixels and dtype.kind != "f":
             raise UserError(f"{split} images are {dtype}; give uint8 NHWC or float NCHW")
@@ -54,9 +58,14 @@ class Form:
             )
 
     def prepared(self, raw: np.ndarray) -> np.ndarray:
-        """uint8 (n, H, W, C) or floats (n, C, H, W) as float32 (n, C, H, W); numbers that are too large become Inf."""
+        """Images as float32 (n, C, H, W); numbers that are too large become Inf.
+
+        uint8 are (n, H, W, C); floats (n, C, H, W), or (n, H, W, C) where their shape says so.
+        """
         if raw.dtype == np.uint8:
             return (self.scale or Scale(np.float32(0), np.float32(1)))(raw)
+        if raw.shape[1:] != self.shape:
+            raw = raw.transpose(0, 3, 1, 2)
         with np.errstate(over="ignore"):
             return np.require(raw, np.float32, ("C", "W", "E"))  # torch warns of what is not writable
 

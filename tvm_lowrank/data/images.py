@@ -36,7 +36,7 @@ class Images(Protocol):
 
 
 class Raw(Images, Protocol):
-    """Images as they are stored: uint8 (n, H, W, C) or floats (n, C, H, W)."""
+    """Images as they are stored: uint8 (n, H, W, C), or floats in either order."""
 
     @property
     def dtype(self) -> np.dtype: ...

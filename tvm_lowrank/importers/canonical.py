@@ -19,7 +19,7 @@ from tvm.ir import Call, GenericConst, IRModule, Op, Tuple, TupleGetItem
 
 from tvm_lowrank.bridge.torch_nn import OPERATORS
 from tvm_lowrank.errors import UserError
-from tvm_lowrank.graph import ADD, CONV2D
+from tvm_lowrank.graph import ADD, CONV2D, bindings, is_site
 from tvm_lowrank.importers.linear import as_convolutions
 from tvm_lowrank.importers.nodes import MULTIPLY, Node, assembled, check_constants, fold_scaling, live, named, op_name
 from tvm_lowrank.tensors import with_inputs
@@ -41,8 +41,8 @@ def canonicalise(
     Raises
     ------
     UserError
-        If the function has types other than float32, weights that are not finite, neither a
-        convolution nor a linear layer, or a batch size that cannot be made symbolic.
+        If the function has types other than float32, weights that are not finite, or a batch size that cannot be made
+        symbolic.
     """
     function = mod["main"]
     batch = tirx.Var("batch", "int64")
@@ -61,12 +61,17 @@ def canonicalise(
     nodes = live(named(nodes, {**wanted, **linear}), results)
     nodes, results = fold_scaling(nodes, results)
     check_constants(nodes)
-    if not any(node.site for node in nodes):
+    made = assembled(parameter, nodes, results)
+    return with_inputs(made, shapes) if several else made
+
+
+def check_sites(mod: IRModule) -> IRModule:
+    """The module, if it has a convolution or linear layer with constant weights; UserError otherwise."""
+    if not any(is_site(binding.value) for binding in bindings(mod["main"])):
         raise UserError(
             "the model has no 2-D convolution or linear layer with constant weights; there is nothing to compress"
         )
-    made = assembled(parameter, nodes, results)
-    return with_inputs(made, shapes) if several else made
+    return mod
 
 
 def _image(old: relax.Var) -> tuple[int, ...]:
@@ -197,19 +202,21 @@ class _Simplifier:
         return Tuple([value, args[3], args[4]])
 
     def _with_batch(self, call: Call, args: list[relax.Expr]) -> relax.Expr:
-        """The target shape of a reshape; a fixed batch in front becomes the symbolic one."""
+        """The target shape of a reshape; a fixed batch, or what it is merged with, becomes the symbolic one."""
         source, target = args
         if self.fixed_batch is None or not isinstance(target, relax.ShapeExpr) or not isinstance(source, relax.Var):
             return target
         if not _depends(source.ty.shape, self.batch):
             return target
-        dims = list(target.values)
-        if not dims or not isinstance(dims[0], tirx.IntImm) or int(dims[0]) != self.fixed_batch:
+        dims, fixed = [int(d) if isinstance(d, tirx.IntImm) else 0 for d in target.values], self.fixed_batch
+        at = dims.index(fixed) if fixed > 1 and fixed in dims else 0
+        if not all(dims) or not dims or dims[at] % fixed:
             raise UserError(
-                f"{op_name(call)} to {target} mixes the fixed batch of {self.fixed_batch} with other dimensions; "
+                f"{op_name(call)} to {target} mixes the fixed batch of {fixed} with other dimensions; "
                 "export with a dynamic batch"
             )
-        return relax.ShapeExpr([self.batch, *dims[1:]])
+        rest = dims[at] // fixed
+        return relax.ShapeExpr([*dims[:at], self.batch if rest == 1 else self.batch * rest, *dims[at + 1 :]])
 
 
 def _renamed(expr: relax.Expr, symbols: dict[tirx.Var, tirx.Var]) -> relax.Expr:

@@ -26,15 +26,17 @@ def import_model(source: str | Path | nn.Module, *, input_shape: Shape | tuple[S
     Parameters
     ----------
     source : ``pkg.module:factory`` or ``file.py:factory`` (called without arguments, returns a torch module),
-        ``model.pt2`` (torch.export), ``model.onnx``, or a torch module.
-    input_shape : (N, C, H, W), or a tuple of the shapes (N, …) of several inputs; needed for torch modules. N is
-        symbolic in the result, whatever is given here. Several inputs become one (`tvm_lowrank.tensors`).
+        ``model.pt2`` (torch.export), ``model.onnx``, ``model.pt`` (TorchScript), or a torch module.
+    input_shape : (N, C, H, W), or a tuple of the shapes (N, …) of several inputs; needed for torch modules and
+        TorchScript. N is symbolic in the result, whatever is given here. Several inputs become one
+        (`tvm_lowrank.tensors`).
 
     Raises
     ------
     UserError
         If the source cannot be found or loaded, does not take this input, has an operator that cannot be imported,
-        is not float32, has weights that are not finite, or has no convolution.
+        has other inputs than floating-point numbers, has weights that are not finite, has no convolution, or if the
+        import's outputs are not the source's.
     """
     shapes = None if input_shape is None else checked_shapes(input_shape)
     if isinstance(source, nn.Module):
@@ -43,18 +45,46 @@ def import_model(source: str | Path | nn.Module, *, input_shape: Shape | tuple[S
     path, colon, factory = text.rpartition(":")
     if colon and factory.isidentifier():
         return _import_module(_made(path, factory), text, shapes)
-    if Path(text).suffix not in (".pt2", ".onnx"):
+    if Path(text).suffix not in _READERS:
         hint = "the name of the factory is missing" if Path(text).suffix == ".py" else "it is none of the known kinds"
         raise UserError(f"cannot import {text!r}: {hint}; {_REMEDY}")
     if not Path(text).is_file():
         raise UserError(f"model {text} does not exist; {_REMEDY}")
-    if Path(text).suffix == ".pt2":
-        from tvm_lowrank.importers.from_torch import from_pt2
+    return _READERS[Path(text).suffix](Path(text), shapes)
 
-        return from_pt2(Path(text), shapes)
+
+def _read_pt2(path: Path, shapes: tuple[Shape, ...] | None) -> IRModule:
+    from tvm_lowrank.importers.from_torch import from_pt2
+
+    return from_pt2(path, shapes)
+
+
+def _read_onnx(path: Path, shapes: tuple[Shape, ...] | None) -> IRModule:
     from tvm_lowrank.importers.from_onnx import from_onnx_file
 
-    return from_onnx_file(Path(text), None if shapes is None else shapes[0])
+    return from_onnx_file(path, _only(shapes))
+
+
+def _read_torchscript(path: Path, shapes: tuple[Shape, ...] | None) -> IRModule:
+    from tvm_lowrank.importers.from_torchscript import from_torchscript
+
+    return from_torchscript(path, _only(shapes))
+
+
+def _only(shapes: tuple[Shape, ...] | None) -> Shape | None:
+    """The shape of the image input of a file that may have no other."""
+    if shapes is not None and len(shapes) > 1:
+        raise UserError("ONNX and TorchScript files with several inputs are not imported; give a torch module or .pt2")
+    return None if shapes is None else shapes[0]
+
+
+_READERS = {
+    ".onnx": _read_onnx,
+    ".pt": _read_torchscript,
+    ".pt2": _read_pt2,
+    ".pth": _read_torchscript,
+    ".torchscript": _read_torchscript,
+}
 
 
 def _import_module(model: nn.Module, name: str, shapes: tuple[Shape, ...] | None) -> IRModule:

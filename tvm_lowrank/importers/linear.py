@@ -2,12 +2,14 @@
 
 Where a function multiplies (batch, N) by a constant (N, M) it is given the convolution of (batch, N, 1, 1) instead.
 What is computed elementwise on the result moves in front of the reshape back to (batch, M): there it is a bias, a
-scale or an activation like that of any other convolution.
+scale or an activation like that of any other convolution. A matrix that is multiplied with more than once, as a
+recurrent layer's is at every step, stays as it is: its parts would be made for each use apart.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -26,6 +28,14 @@ def weight_digest(weight: np.ndarray) -> str:
     return hashlib.sha256(str(weight.shape).encode() + np.ascontiguousarray(weight).tobytes()).hexdigest()
 
 
+def _digest(call: Call) -> str | None:
+    """The `weight_digest` of a product of a variable and a constant matrix."""
+    x, weight = call.args
+    if not (isinstance(x, relax.Var) and isinstance(weight, GenericConst) and len(weight.ty.shape) == 2):
+        return None
+    return weight_digest(weight.value.numpy().T)
+
+
 def as_convolutions(
     nodes: Sequence[Node], batch: tirx.Var, ids: Mapping[str, str | None]
 ) -> tuple[list[Node], dict[relax.Var, str]]:
@@ -37,7 +47,9 @@ def as_convolutions(
     batch : the symbolic batch; a product of other rows than one for each image stays as it is.
     ids : the id of a linear layer by `weight_digest`; others are numbered.
     """
-    rewriter = _Rewriter(batch, ids)
+    digests = {node.var: _digest(node.call) for node in nodes if isinstance(node.call, Call) and node.call.op == MATMUL}
+    repeated = Counter(digest for digest in digests.values() if digest)
+    rewriter = _Rewriter(batch, ids, {var: d for var, d in digests.items() if d and repeated[d] == 1})
     for node in nodes:
         rewriter.visit(node)
     return rewriter.nodes, rewriter.wanted
@@ -47,13 +59,14 @@ def as_convolutions(
 class _Rewriter:
     batch: tirx.Var
     ids: Mapping[str, str | None]
+    digests: Mapping[relax.Var, str]  # of each matmul's weight that has no other use
     nodes: list[Node] = field(default_factory=list)
     wanted: dict[relax.Var, str] = field(default_factory=dict)
     images: dict[relax.Var, relax.Var] = field(default_factory=dict)  # of each (batch, M): its (batch, M, 1, 1)
     builder: relax.BlockBuilder = field(default_factory=relax.BlockBuilder)
 
     def visit(self, node: Node) -> None:
-        image = self._image_of(node.call) if isinstance(node.call, Call) else None
+        image = self._image_of(node) if isinstance(node.call, Call) else None
         if image is None:
             self.nodes.append(node)
             self._note_flattened(node)
@@ -61,20 +74,19 @@ class _Rewriter:
         self.images[node.var] = image
         self.nodes.append(Node(node.var, relax.op.reshape(image, node.var.ty.shape)))
 
-    def _image_of(self, call: Call) -> relax.Var | None:
+    def _image_of(self, node: Node) -> relax.Var | None:
         """The (batch, M, 1, 1) variable that replaces a call's (batch, M), if it can be one."""
+        call = node.call
         if call.op == MATMUL:
-            return self._convolution(call)
+            return self._convolution(call, self.digests[node.var]) if node.var in self.digests else None
         if op_name(call) in ELEMENTWISE and any(arg in self.images for arg in call.args if isinstance(arg, relax.Var)):
             args = [self._lifted(arg) for arg in call.args]
             if all(arg is not None for arg in args):
                 return self._emit(Call(call.op, args, call.attrs, call.ty_args))
         return None
 
-    def _convolution(self, call: Call) -> relax.Var | None:
+    def _convolution(self, call: Call, digest: str) -> relax.Var | None:
         x, weight = call.args
-        if not (isinstance(x, relax.Var) and isinstance(weight, GenericConst) and len(weight.ty.shape) == 2):
-            return None
         rows, *columns = x.ty.shape
         if len(columns) != 1 or not (isinstance(rows, tirx.Var) and rows.same_as(self.batch)):
             return None
@@ -83,7 +95,7 @@ class _Rewriter:
         matrix = np.ascontiguousarray(weight.value.numpy().T)
         kernel = relax.const(matrix[:, :, None, None], str(weight.ty.dtype))
         image = self._emit(relax.op.nn.conv2d(self.images[x], kernel))
-        self.wanted[image] = self.ids.get(weight_digest(matrix)) or f"linear_{len(self.wanted) + 1}"
+        self.wanted[image] = self.ids.get(digest) or f"linear_{len(self.wanted) + 1}"
         return image
 
     def _lifted(self, arg: relax.Expr) -> relax.Expr | None:
