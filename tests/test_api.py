@@ -22,6 +22,7 @@ from tvm_lowrank import Choice, UserError, api
 from tvm_lowrank.cli import app as cli
 from tvm_lowrank.methods import METHODS
 from tvm_lowrank.options import CompileOptions, DecomposeOptions, Options, SearchOptions, said
+from tvm_lowrank.quantities import Budget
 
 SHAPE = (1, 3, 12, 12)
 PLAN = {"2": Choice("spatial", 6)}
@@ -118,7 +119,13 @@ def test_search_with_everything_in_memory(options: dict[str, Any], tmp_path: Pat
         ),
         (
             ["--budget", "0.5%", "--time-limit", "10m", "--methods", "spatial, btd", "--confident", "--out", "here"],
-            {"budget": 0.5, "time_limit": 600, "methods": ("spatial", "btd"), "confident": True, "out": "here"},
+            {
+                "budget": Budget(0.5, "%"),
+                "time_limit": 600,
+                "methods": ("spatial", "btd"),
+                "confident": True,
+                "out": "here",
+            },
         ),
         (
             ["--max-latency", "800us", "--target", "arm", "--rpc-key", "pi", "--emulate", "--cache", "c", "--trials=3"],

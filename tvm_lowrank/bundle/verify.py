@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from tvm_lowrank.formats import FLOAT32
 # a point is 0.01 of the images: this is far less than one image; of values that change gradually, another share
 TOLERANCE, GRADUAL = 1e-6, 1e-4
 OpenModel = Callable[[Path, tuple[int, int, int, int]], Callable[[np.ndarray], Any]]
-LIBRARIES: tuple[Which, ...] = ("dense", "model")
 
 
 @dataclass(frozen=True)
@@ -87,13 +87,14 @@ def verify(
     images, targets = part(splits.evaluation[0], slice(limit)), take(splits.evaluation[1], slice(limit))
     phase(f"accuracy of both libraries on {len(images)} images of {splits.name}")
 
-    dense_model, model = (
-        open_model(library(directory, manifest, which), (batch, channels, height, width)) for which in LIBRARIES
-    )
+    def opened(which: Which) -> Callable[[Any], Any]:
+        return open_model(library(directory, manifest, which), (batch, channels, height, width))
+
     if metric.function is not None:
-        metric = tried(metric, lambda count: dense_model(images[:count]), targets)
-    dense = evaluate(dense_model, images, targets, metric, description="dense.so", chunk=chunk)
-    compressed = evaluate(model, images, targets, metric, description="model.so", chunk=chunk)
+        metric = tried(metric, lambda count: opened("dense")(images[:count]), targets)
+    judged = partial(evaluate, images=images, targets=targets, metric=metric, chunk=chunk)
+    dense = judged(opened("dense"), description="dense.so")
+    compressed = judged(opened("model"), description="model.so")
     drop, ci95 = metric.drop(dense, compressed)
     same_data = fingerprint(splits) == manifest["data"]["evaluation_sha256"]
     measured = {"dense": metric.value(dense), "compressed": metric.value(compressed, dense), "drop": drop}

@@ -135,6 +135,8 @@ class Metric:
             return paired_drop(before, after)
         first, second = self._statistic(before), self._statistic(after)
         groups = len(after) // self.group
+        if not groups:
+            raise UserError(f"{self.name} needs at least {self.group} images, not {len(after)}; give more")
 
         def lost(picked: np.ndarray) -> float:
             numbers = (self.group * picked[:, None] + np.arange(self.group)).ravel()
@@ -142,7 +144,7 @@ class Metric:
 
         drop, random = lost(np.arange(groups)), np.random.default_rng(seed)
         drawn = [_or_nan(lost, random.integers(0, groups, groups)) for _ in range(self.resamples)]
-        low, high = np.nanquantile(drawn, (0.025, 0.975)).tolist()
+        low, high = np.nanquantile([drop, *drawn], (0.025, 0.975)).tolist()
         more = NORMAL * self.unit.scale * self.image / len(after)
         return drop, (drop - math.hypot(max(0.0, drop - low), more), drop + math.hypot(max(0.0, high - drop), more))
 

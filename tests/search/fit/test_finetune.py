@@ -301,7 +301,7 @@ def test_data_without_a_length_and_epochs_of_different_lengths(tune: Tune) -> No
 
 def test_outputs_that_are_not_class_scores(tmp_path: Path) -> None:
     mod = import_model(nn.Conv2d(3, 4, 3), input_shape=(1, 3, 8, 8))
-    with pytest.raises(UserError, match="outputs have shape \\(n, 4, 6, 6\\); fine-tuning needs class scores"):
+    with pytest.raises(UserError, match="outputs have shape \\(n, 4, 6, 6\\); labels need class scores"):
         finetune(
             TorchBridge(mod),
             batches,
