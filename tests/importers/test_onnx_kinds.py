@@ -251,6 +251,18 @@ def test_channels_last(before: Sequence[onnx.NodeProto], capfd: pytest.CaptureFi
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
+def test_one_channel_that_is_last() -> None:
+    """For which exporters reshape instead of transposing."""
+    nodes = [node("Reshape", ["x", "to"], ["t"]), node("Conv", ["t", "w1"], ["c"]), node("Flatten", ["c"], ["y"])]
+    model = network(nodes, {**weights(w1=(8, 1, 3, 3)), "to": np.array([-1, 1, 12, 9])}, size=(12, 9, 1))
+    mod = from_onnx(model)
+    x = np.random.default_rng(1).standard_normal((3, 12, 9, 1)).astype(np.float32)
+    (expected,) = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x})
+    with torch.no_grad():
+        got = TorchBridge(mod)(torch.from_numpy(x.reshape(3, 1, 12, 9))).numpy()
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("given", [(1, 3, 20, 24), (1, 20, 24, 3)])
 def test_open_size_of_channels_last(given: tuple[int, ...]) -> None:
     model = channels_last()

@@ -109,7 +109,7 @@ def channels_first(source: Skeleton) -> tuple[Skeleton, frozenset[str]]:
     """
     model, (image,) = source.model, source.model.graph.input
     chain = list(_chain(model, image.name, source.weights))
-    if not chain or not _transposes(chain[-1], _FIRST):
+    if not chain or not _turns(chain[-1], image, source.weights):
         return source, frozenset()
     changed, weights = copied(model), dict(source.weights)
     del changed.graph.node[:], changed.graph.value_info[:]
@@ -130,8 +130,12 @@ def channels_first(source: Skeleton) -> tuple[Skeleton, frozenset[str]]:
     return Skeleton(changed, weights), frozenset((names - {chain[-1].output[0]}) | {image.name})
 
 
-def _transposes(node: NodeProto, order: Sequence[int]) -> bool:
-    return node.op_type == "Transpose" and any(list(a.ints) == list(order) for a in node.attribute)
+def _turns(node: NodeProto, image: onnx.ValueInfoProto, weights: Mapping[str, np.ndarray]) -> bool:
+    """Whether an operator makes channels-last images channels first; a single channel need only be reshaped."""
+    if node.op_type == "Reshape" and node.input[1] in weights:
+        height, width, channels = ([d.dim_value for d in image.type.tensor_type.shape.dim] + [0] * 4)[1:4]
+        return channels == 1 and height > 1 and weights[node.input[1]].tolist()[1:] == [1, height, width]
+    return node.op_type == "Transpose" and any(list(a.ints) == _FIRST for a in node.attribute)
 
 
 def _chain(model: ModelProto, name: str, constants: Mapping[str, np.ndarray]) -> Iterator[NodeProto]:
