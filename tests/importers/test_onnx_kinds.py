@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.graph import find_sites
+from tvm_lowrank.importers import from_onnx as from_onnx_module
 from tvm_lowrank.importers import onnx_operators
 from tvm_lowrank.importers.from_onnx import from_onnx
 
@@ -343,3 +344,31 @@ def test_numbers_that_are_not_finite() -> None:
     model = network(nodes, values)
     model.graph.input[0].name = "x0"
     from_onnx(model)
+
+
+@pytest.mark.parametrize("slope", [0.3, 30.0])
+def test_a_sigmoid_whose_outputs_are_tiny(slope: float) -> None:
+    """Runtimes differ by what rounding at 1 does, which is as large as the outputs; a wrong network is still found."""
+    nodes, values = between(node("Relu", ["r"], ["u"]))
+    values |= {"low": np.full((1, 4, 1, 1), -15.0, np.float32), "slope": np.full((1, 1, 1, 1), slope, np.float32)}
+    nodes = [*nodes[:-1], node("Mul", ["d", "slope"], ["e"]), node("Add", ["e", "low"], ["f"])]
+    good = network([*nodes, node("Sigmoid", ["f"], ["y"])], values)
+    mod = from_onnx(good)
+    assert "sigmoid" in str(mod)
+
+
+def test_a_wrong_network_behind_a_tiny_sigmoid(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes, values = between(node("Relu", ["r"], ["u"]))
+    values["low"] = np.full((1, 4, 1, 1), -15.0, np.float32)
+    model = network([*nodes[:-1], node("Add", ["d", "low"], ["f"]), node("Sigmoid", ["f"], ["y"])], values)
+    real = from_onnx_module.canonicalise
+
+    def wrong(mod: Any, *arguments: Any) -> Any:
+        bridge = TorchBridge(real(mod, *arguments))
+        for site in bridge.sites[:1]:
+            bridge.site_parameters(site).weight.mul_(1.1)
+        return bridge.to_relax()
+
+    monkeypatch.setattr(from_onnx_module, "canonicalise", wrong)
+    with pytest.raises(UserError, match=r"differs from the file, first at operator Conv \(c\)"):
+        from_onnx(model)

@@ -30,24 +30,31 @@ class Answered:
     """Two images, (2, C, H, W) float32; a source's outputs for them, and for the first moved a little, several times.
 
     ``coarseness`` is that of the source's number format: the root, roughly, of its rounding in units of float32's.
+    ``sizes`` has for each output the size of the numbers that it was rounded at, where that is known: 1 of a sigmoid,
+    however small what it gives may be.
     """
 
     images: np.ndarray
     outputs: Sequence[np.ndarray]
     moved: Sequence[np.ndarray]
     coarseness: float = 1.0
+    sizes: Sequence[float] = ()
 
     def excess(self, run: Run) -> float:
         """How far an import is from the source at worst, with one image and with both: above 1 it differs."""
         worst = 0.0
         for count in (1, 2):
-            pairs = zip(self.outputs, run(self.images[:count]), self.moved, strict=True)
-            worst = max(worst, *(excess(y, got, moved, self.coarseness) for y, got, moved in pairs))
+            sizes = self.sizes or [0.0] * len(self.outputs)
+            pairs = zip(self.outputs, run(self.images[:count]), self.moved, sizes, strict=True)
+            worst = max(worst, *(excess(y, got, moved, self.coarseness, size) for y, got, moved, size in pairs))
         return worst
 
 
-def answered(run: Run, shape: Sequence[int], coarseness: float = 1.0) -> Answered:
-    """What a source makes of random images of a shape (C, H, W), of the first kind of which it makes finite numbers."""
+def answered(run: Run, shape: Sequence[int], coarseness: float = 1.0, sizes: Sequence[float] = ()) -> Answered:
+    """What a source makes of random images of a shape (C, H, W), of the first kind of which it makes finite numbers.
+
+    ``sizes`` are those of `Answered`.
+    """
     for scale, shift in ((1.0, 0.0), (0.25, 0.5), (0.01, 0.0)):
         rng = np.random.default_rng(0)
         images = rng.standard_normal((2, *shape))
@@ -58,7 +65,7 @@ def answered(run: Run, shape: Sequence[int], coarseness: float = 1.0) -> Answere
         outputs = run(images)
         if all(np.isfinite(y).all() for y in outputs if y.dtype.kind == "f"):
             break
-    return Answered(images, outputs, run((images[:1] * (1 + steps)).astype(np.float32)), coarseness)
+    return Answered(images, outputs, run((images[:1] * (1 + steps)).astype(np.float32)), coarseness, sizes)
 
 
 def bridged(mod: IRModule) -> Run:
@@ -72,12 +79,14 @@ def bridged(mod: IRModule) -> Run:
     return run
 
 
-def excess(expected: np.ndarray, got: np.ndarray, moved: np.ndarray, coarseness: float = 1.0) -> float:
+def excess(
+    expected: np.ndarray, got: np.ndarray, moved: np.ndarray, coarseness: float = 1.0, size: float = 0.0
+) -> float:
     """How far apart two outputs are, in units of what is allowed: above 1 they differ; Inf if in shape.
 
     ``expected`` are (2, ...), ``got`` those of the first image or of both; ``moved`` are the source's outputs for the
     images that were moved. Each channel, and each position along the last axis, is judged by its own size: boxes must
-    not hide scores.
+    not hide scores. ``size`` is that of the numbers that they were rounded at, if these were larger.
     """
     count = len(got) if got.ndim else 0
     if not count or expected[:count].shape != got.shape:
@@ -89,18 +98,19 @@ def excess(expected: np.ndarray, got: np.ndarray, moved: np.ndarray, coarseness:
     expected, got, moved = (_finite(values) for values in (expected, got, moved))
     worst = 0.0
     for axis in {1, expected.ndim - 1} if expected.size else ():
-        allowed = _SHARE * coarseness * _spread(expected, axis) + _ROUNDING * coarseness**2 * _largest(expected, axis)
+        rounded = np.maximum(_largest(expected, axis), size)
+        allowed = _SHARE * coarseness * _spread(expected, axis) + _ROUNDING * coarseness**2 * rounded
         allowed += _ALLOWED * _largest(moved - expected[:1], axis)
         worst = max(worst, float(np.max(_largest(got - expected[:count], axis) / np.maximum(allowed, 1e-30))))
     return worst
 
 
-def telling(output: np.ndarray) -> bool:
-    """Whether most channels of an output (2, ...) depend on the images by much more than rounding."""
+def telling(output: np.ndarray, size: float = 0.0) -> bool:
+    """Whether most channels of an output (2, ...) depend on the images by much more than rounding, at a ``size``."""
     if output.dtype.kind != "f" or not np.isfinite(output).any():
         return False
     values = _finite(output)
-    return bool(np.median(_spread(values, 1) > 1e-5 * np.maximum(_largest(values, 1), 1e-30)))
+    return bool(np.median(_spread(values, 1) > 1e-5 * np.maximum(_largest(values, 1), max(size, 1e-30))))
 
 
 def _finite(values: np.ndarray) -> np.ndarray:

@@ -25,6 +25,7 @@ from tvm_lowrank.importers.onnx_run import runner
 # a batch that no other dimension of a network is likely to have, for graphs that TVM imports with a fixed one only
 _UNUSUAL_BATCH = 61
 _BACK = 8  # values that are looked through for one that tells something
+_PROBABILITIES = {"Sigmoid", "Softmax"}  # what they give was rounded at 1
 # how coarse numbers are, see `tvm_lowrank.importers.compare`
 _TYPES = {
     onnx.TensorProto.FLOAT: 1.0,
@@ -193,9 +194,15 @@ def _answered(source: _Source) -> Answered | None:
     """What the file makes of random images, or None if nothing can run it."""
     with quiet():
         try:
-            return answered(_file(source), source.shape[1:], source.coarseness)
+            return answered(_file(source), source.shape[1:], source.coarseness, _sizes(source))
         except Exception:
             return None
+
+
+def _sizes(source: _Source) -> list[float]:
+    """At which size the outputs are rounded, see `tvm_lowrank.importers.compare.Answered`."""
+    made = {name: node.op_type for node in source.ready.model.graph.node for name in node.output}
+    return [1.0 if made.get(name) in _PROBABILITIES else 0.0 for name in source.outputs]
 
 
 def _file(source: _Source) -> Callable[[np.ndarray], list[np.ndarray]]:
@@ -233,7 +240,8 @@ def _difference(source: _Source, expected: Answered, mod: IRModule, batch: int) 
     """The first operator of the file whose value differs from the import's, in words; None if there is none."""
     differs, suspects = expected.excess(bridged(mod)) > 1, source.outputs
     if not differs:
-        blind = [name for name, y in zip(source.outputs, expected.outputs, strict=True) if not telling(y)]
+        answers = zip(source.outputs, expected.outputs, _sizes(source), strict=True)
+        blind = [name for name, y, size in answers if not telling(y, size)]
         suspects = [earlier for name in blind if (earlier := _earlier(source, name))]
     for name in suspects:
         if _differs(source, name, batch):
