@@ -17,8 +17,7 @@ import numpy as np
 from tvm_lowrank.data.measure import ACCURACY, Cost
 from tvm_lowrank.searching.damage import DamageCurve
 
-SPREAD = 0.07  # of the points of a damage: standard deviation of what networks of this damage lose
-COUNTS = 4  # networks that this spread counts as, against those of another metric or task that spread more
+COUNTS = 4  # networks that the expected spread counts as, against those of another metric or task that spread more
 SURPRISE = 2.0  # standard errors beyond which it is not luck that a network loses other points than its damage
 
 
@@ -58,7 +57,7 @@ class Rate:
         """
         known, first = self._known.values(), self._cost.rate
         points, nats = sum(own.drop for own in known), sum(self._power(own.damage) for own in known)
-        error = sum(own.error for own in known) + SPREAD * max(first * nats, points)
+        error = sum(own.error for own in known) + self._cost.spread * max(first * nats, points)
         farthest = 100.0**self._cost.unsure
         # a metric of another kind may cost any number of its units
         highest = max(first * farthest, 10 * points / max(nats, 1e-12))
@@ -81,7 +80,7 @@ class Rate:
             / max(rate * self._power(own.damage), 1e-12)
             for own in self._known.values()
         ]
-        known = COUNTS * SPREAD**2 + sum(surprise**2 for surprise in surprises)
+        known = COUNTS * self._cost.spread**2 + sum(surprise**2 for surprise in surprises)
         return math.sqrt(known / (COUNTS + len(surprises)))
 
     def points(self, damage: float) -> float:

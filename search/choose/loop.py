@@ -109,12 +109,44 @@ def explore(
     tried: list[Evaluated] = []
 
     def learn(result: Evaluated) -> None:
+        tried[:] = [own for own in tried if own.plan != result.plan or own.fit == result.fit]
         tried.append(result)
         kept[:] = [*before, *(own for own in tried if own.plan and search.keeps(own))]
 
-    for _ in range(most):
+    count = 0
+    while count < most:
+        count = _approach(search, tried, evaluate, learn, limit, count, most)
+        # what was foreseen of the fastest plans must be seen
+        for own in sorted(tried, key=lambda own: own.ms):
+            if own in kept or not own.plan:
+                break
+            if own.fit == "decomposed" and search.foreseen_drop(own) <= search.budget:
+                search.check_time()
+                learn(search.evaluate(own.placed, search.networks.recovery))
+        if len(kept) > len(before):
+            break
+        # less was left of it than foreseen: a milder plan may keep the budget
+        limit = _next_limit(search, tried, [own for own in tried if search.foreseen_drop(own) <= search.budget])
+        if _near(limit, tried) or limit < LEAST_LIMIT:
+            break
+
+
+def _approach(
+    search: Search,
+    tried: list[Evaluated],
+    evaluate: Callable[[Placed], Evaluated],
+    learn: Callable[[Evaluated], None],
+    limit: float,
+    count: int,
+    most: int,
+) -> int:
+    """Evaluate plans, from a limit on, until the budget is nearly spent by what is foreseen; how many there are now."""
+    while count < most:
         search.check_time()
-        result = evaluate(search.placed(limit))
+        placed = search.placed(limit)
+        new = all(own.plan != placed.plan for own in tried)
+        count += new
+        result = evaluate(placed)
         learn(result)
         if result.fit == "decomposed" and search.foreseen_drop(result) <= search.budget and search.is_fastest(result):
             # nothing faster is looked for, so that what was foreseen must be seen now
@@ -124,22 +156,21 @@ def explore(
         foreseen = " when it is recovered" if result.fit == "decomposed" else ""
         verdict = "kept" if result in inside else "over budget"
         said = f"expected {search.foreseen_drop(result):+.2f}{foreseen}, {verdict}"
-        console.tried(search.dense_ms / result.ms, result.drop, said, unit=search.metric.unit.name)
+        if new or result.fit != "decomposed":
+            console.tried(search.dense_ms / result.ms, result.drop, said, unit=search.metric.unit.name)
         if result in inside and search.is_fastest(result):
             break
         if any(own.fit != "decomposed" and search.expected_drop(own) >= NEAR * search.budget for own in inside):
             break
         limit = _next_limit(search, tried, inside)
-        nearest = min(abs(math.log(limit / own.limit)) for own in tried)
-        if nearest < 0.99 * math.log(APART) or limit < LEAST_LIMIT:
+        if _near(limit, tried) or limit < LEAST_LIMIT:
             break
-    # what was foreseen of the fastest plans must be seen
-    for own in sorted(tried, key=lambda own: own.ms):
-        if own in kept or not own.plan:
-            break
-        if own.fit == "decomposed" and search.foreseen_drop(own) <= search.budget:
-            search.check_time()
-            learn(search.evaluate(own.placed, search.networks.recovery))
+    return count
+
+
+def _near(limit: float, tried: Sequence[Evaluated]) -> bool:
+    """Whether a limit is so near to one that was tried that nothing new can be expected."""
+    return min(abs(math.log(limit / own.limit)) for own in tried) < 0.99 * math.log(APART)
 
 
 def _next_limit(search: Search, tried: Sequence[Evaluated], inside: Sequence[Evaluated]) -> float:

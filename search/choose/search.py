@@ -390,7 +390,8 @@ class Search:
         """Points that what is delivered for a plan loses, as in `expected_drop`."""
         if result.fit != "decomposed" or not result.plan:
             return self.expected_drop(result)
-        return self._rate.points(self.foreseen(result)) + self._margin(result)
+        now, then = self._rate.points(result.damage), self._rate.points(self.foreseen(result))
+        return self._rate.expected(result.counted) * then / max(now, 1e-12) + self._margin(result)
 
     def network(self, plan: Plan, fit: Fit) -> IRModule:
         """The network to deliver for a plan that was evaluated after this fit: recovered, if there is time."""

@@ -310,10 +310,10 @@ SIMPLE: dict[str, Callable[[], Metric]] = {
         "mean-iou", lambda even: Metric("mean-iou", overlaps_of("mean-iou", even), whole=of_sums(mean_iou), **GRADUAL)
     ),
     **_yes_or_no("dice", lambda even: Metric("dice", overlaps_of("dice", even), whole=of_sums(mean_dice), **GRADUAL)),
-    "psnr": lambda: Metric("psnr", psnr, DECIBEL, image=0.0, cost=Cost(100.0, 1.0, 3.0)),
+    "psnr": lambda: Metric("psnr", psnr, DECIBEL, image=0.0, cost=Cost(100.0, 1.0, 3.0, 0.3)),
     "ssim": lambda: _checked("ssim", "torchmetrics", Metric("ssim", ssim, **GRADUAL)),
     "verification": lambda: Metric("verification", embedded, whole=verified, group=2, cost=UNKNOWN),
-    "agreement": lambda: Metric("agreement", decided(1), compare=agreeing, cost=Cost(20.0, 0.5, 1.0)),
+    "agreement": lambda: Metric("agreement", decided(1), compare=agreeing, cost=Cost(20.0, 0.5, 1.0, 0.1)),
     "agreement-tokens": lambda: replace(SIMPLE["agreement"](), name="agreement-tokens", scores=decided(2)),
     **_yes_or_no(
         "agreement-labels",
@@ -326,6 +326,6 @@ SIMPLE: dict[str, Callable[[], Metric]] = {
         compare=errors_of,
         better=-1,
         image=0.0,
-        cost=Cost(100.0, 0.5, 1.5),
+        cost=Cost(100.0, 0.5, 1.5, 0.1),
     ),
 }

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tvm_lowrank.data.measure import ACCURACY
-from tvm_lowrank.searching.choose.drops import SPREAD, Counted, Rate, Recovery, limit_for
+from tvm_lowrank.searching.choose.drops import Counted, Rate, Recovery, limit_for
 
 
 def test_before_anything_was_counted() -> None:
@@ -78,7 +78,7 @@ def test_a_network_that_is_met_again_teaches_once() -> None:
 
 def test_the_better_a_network_was_counted_the_more_its_count_tells() -> None:
     rate, damage = Rate(), (2.0 / ACCURACY.rate) ** (1 / ACCURACY.power)
-    for error, expected in ((1e-9, 3.0), (2.0 * SPREAD, 2.5), (1e9, 2.0)):
+    for error, expected in ((1e-9, 3.0), (2.0 * ACCURACY.spread, 2.5), (1e9, 2.0)):
         assert rate.expected(Counted(damage, 3.0, error)) == pytest.approx(expected)
 
 
