@@ -138,7 +138,8 @@ class MetricOptions(DataOptions):
     )
     output: str | None = option(
         "What the outputs are, by which damage is counted: scores, scores:AXIS (of classes), multilabel, regression "
-        "or embedding; left out, the network's end tells.",
+        "or embedding; of several, with a comma between; of parts of one, as regression@1:0-3+multilabel@1:4-83; or "
+        "file.py:function (of dense and changed outputs: nats of each image). Left out, the network's end tells.",
         default=None,
     )
 
