@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from tvm import relax
-from tvm.ir import IRModule, Tuple
+
+if TYPE_CHECKING:  # whoever only loads a bundle needs neither
+    from tvm import relax
+    from tvm.ir import IRModule
 
 Shape = tuple[int, ...]
 INPUTS = "inputs"  # the attribute of a canonical function that has the shapes of several inputs
@@ -59,7 +59,11 @@ class Tensors:
         if self.single:
             return tensors[0] if isinstance(tensors, tuple | list) else tensors
         parts = [tensor.reshape(tensor.shape[0], -1) for tensor in tensors]
-        return torch.cat(parts, dim=1) if isinstance(parts[0], Tensor) else np.concatenate(parts, axis=1)
+        if isinstance(parts[0], np.ndarray):
+            return np.concatenate(parts, axis=1)
+        import torch
+
+        return torch.cat(parts, dim=1)
 
     def images(self, tensors: Any) -> Any:
         """Inputs, a tensor or array or several, as what a canonical function takes."""
@@ -86,6 +90,8 @@ class Tensors:
 
 def with_inputs(mod: IRModule, shapes: Sequence[Shape], *, name: str = "main") -> IRModule:
     """A copy of the module that says of which inputs that of its function is made."""
+    from tvm.ir import IRModule
+
     functions = dict(mod.functions.items())
     functions[mod.get_global_var(name)] = mod[name].with_attr(INPUTS, json.dumps(shapes))
     return IRModule(functions, attrs=mod.attrs)
@@ -98,5 +104,7 @@ def as_arrays(outputs: Any) -> Any:
 
 def values(function: relax.Function) -> Sequence[relax.Expr]:
     """The variables that a canonical function returns."""
+    from tvm.ir import Tuple
+
     result = function.body.body
     return list(result.fields) if isinstance(result, Tuple) else [result]

@@ -23,7 +23,7 @@ from blocks import save_weights
 from torch import nn
 
 from tvm_lowrank.bridge.half import has_bfloat16
-from tvm_lowrank.data.reference import load_object
+from tvm_lowrank.reference import load_object
 
 HERE = Path(__file__).parent
 # the task: its metrics, training steps and largest learning rate

@@ -42,8 +42,9 @@ class CompiledModel:
     def __call__(self, x: np.ndarray | Sequence[np.ndarray]) -> Any:
         """Raises UserError if ``x`` has another type or shape."""
         batch, *image = self.input_shape
-        if isinstance(x, tuple | list):
-            x = self._joined(x)
+        shapes = tuple(tuple(shape) for shape in self.manifest.get("inputs", ()))
+        if shapes and isinstance(x, tuple | list):
+            x = self._joined(x, Tensors(shapes))
         wanted = f"a float32 numpy array of shape (n, {', '.join(map(str, image))})"
         if not isinstance(x, np.ndarray):
             raise UserError(f"{self.path.name} takes {wanted}, not {type(x).__name__}; convert it first")
@@ -57,15 +58,12 @@ class CompiledModel:
             outputs.append(take(self._main(padded), slice(len(part))))
         return joined(outputs)
 
-    def _joined(self, inputs: Sequence[np.ndarray]) -> Any:
+    def _joined(self, given: Sequence[np.ndarray], inputs: Tensors) -> Any:
         """The network's inputs as what the library takes."""
-        shapes = [tuple(shape) for shape in self.manifest.get("inputs", ())]
-        found = [(x.dtype, x.shape[1:]) if isinstance(x, np.ndarray) else (None, ()) for x in inputs]
-        counts = {len(x) for x in inputs}
-        if found != [(np.dtype("float32"), shape) for shape in shapes] or len(counts) != 1:
-            wanted = Tensors(tuple(shapes)) if shapes else "one array"
-            raise UserError(f"{self.path.name} takes {wanted} in float32, of as many images each; convert them first")
-        return Tensors(tuple(shapes)).images(inputs)
+        found = [(x.dtype, x.shape[1:]) if isinstance(x, np.ndarray) else (None, ()) for x in given]
+        if found != [(np.dtype("float32"), shape) for shape in inputs.shapes] or len({len(x) for x in given}) != 1:
+            raise UserError(f"{self.path.name} takes {inputs} in float32, of as many images each; convert them first")
+        return inputs.images(given)
 
 
 def load(directory: str | Path, *, which: Which = "model", threads: int | None = None) -> CompiledModel:
