@@ -50,6 +50,13 @@ def chain_of(name: str) -> str:
     return re.sub(r"\.factor\d+$", "", name)
 
 
+def with_attribute(mod: IRModule, key: str, value: object, *, name: str = "main") -> IRModule:
+    """A copy of the module whose function has an attribute."""
+    functions = dict(mod.functions.items())
+    functions[mod.get_global_var(name)] = mod[name].with_attr(key, value)
+    return IRModule(functions, attrs=mod.attrs)
+
+
 def bindings(function: relax.Function) -> list[relax.VarBinding]:
     """All variable bindings of a function, in order."""
     return [b for block in function.body.blocks for b in block.bindings if isinstance(b, relax.VarBinding)]

@@ -14,7 +14,7 @@ from tvm import relax
 from tvm.ir import IRModule
 
 from tvm_lowrank.formats import FLOAT32, FORMATS, Format
-from tvm_lowrank.graph import bindings, chain_of, conv_spec, is_site
+from tvm_lowrank.graph import bindings, chain_of, conv_spec, is_site, with_attribute
 from tvm_lowrank.methods import ConvSpec
 
 ATTRIBUTE = "formats"
@@ -36,9 +36,7 @@ def with_formats(mod: IRModule, formats: Mapping[str, str], *, name: str = "main
     chosen = {site: format for site, format in all.items() if format != FLOAT32}
     if chosen == formats_of(function):
         return mod
-    functions = dict(mod.functions.items())
-    functions[mod.get_global_var(name)] = function.with_attr(ATTRIBUTE, chosen)
-    return IRModule(functions, attrs=mod.attrs)
+    return with_attribute(mod, ATTRIBUTE, chosen, name=name)
 
 
 def formats_of(function: relax.Function) -> dict[str, str]:

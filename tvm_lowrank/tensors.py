@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-if TYPE_CHECKING:  # whoever only loads a bundle needs neither
+if TYPE_CHECKING:  # whoever only loads a bundle needs neither TVM's compiler nor PyTorch
     from tvm import relax
-    from tvm.ir import IRModule
 
 Shape = tuple[int, ...]
 INPUTS = "inputs"  # the attribute of a canonical function that has the shapes of several inputs
@@ -86,15 +85,6 @@ class Tensors:
         """The largest difference of joined outputs, relative to the largest number of the output that it is in."""
         pairs = zip(self.parted(got), self.parted(wanted), strict=True)
         return max(float(np.max(np.abs(a - b)) / max(np.max(np.abs(b)), 1e-30)) for a, b in pairs)
-
-
-def with_inputs(mod: IRModule, shapes: Sequence[Shape], *, name: str = "main") -> IRModule:
-    """A copy of the module that says of which inputs that of its function is made."""
-    from tvm.ir import IRModule
-
-    functions = dict(mod.functions.items())
-    functions[mod.get_global_var(name)] = mod[name].with_attr(INPUTS, json.dumps(shapes))
-    return IRModule(functions, attrs=mod.attrs)
 
 
 def as_arrays(outputs: Any) -> Any:

@@ -24,7 +24,7 @@ from tvm_lowrank.bridge.answers import (
 )
 from tvm_lowrank.bridge.own import Own
 from tvm_lowrank.errors import UserError
-from tvm_lowrank.graph import bindings
+from tvm_lowrank.graph import bindings, with_attribute
 from tvm_lowrank.reference import absolute, is_reference
 from tvm_lowrank.tensors import Tensors, values
 
@@ -38,9 +38,7 @@ Shape = tuple[int, ...]  # of an output, without the batch
 
 def with_answers(mod: IRModule, answers: Meaning, *, name: str = "main") -> IRModule:
     """A copy of the module that says what the outputs of its function mean."""
-    functions = dict(mod.functions.items())
-    functions[mod.get_global_var(name)] = mod[name].with_attr(ATTRIBUTE, json.dumps(answers.to_json()))
-    return IRModule(functions, attrs=mod.attrs)
+    return with_attribute(mod, ATTRIBUTE, json.dumps(answers.to_json()), name=name)
 
 
 def answers_of(function: relax.Function) -> Meaning:
@@ -154,18 +152,18 @@ def _asked_part(text: str, number: int, shape: Shape) -> Part:
             f"unknown --output {text!r}; give one of {', '.join(KINDS)}, scores:AXIS, KIND@AXIS:FIRST-LAST of some "
             "entries, with + between several, or file.py:function"
         )
-    written = ", ".join(["n", *map(str, shape)])
+    written = Tensors((shape,))
     axis = start = count = 0
     if match["axis"]:
         axis, start, last = (int(match[name]) for name in ("axis", "first", "last"))
         if not 1 <= axis <= len(shape) or not start <= last < shape[axis - 1]:
-            raise UserError(f"--output {text}: outputs ({written}) have no entries {start} to {last} on axis {axis}")
+            raise UserError(f"--output {text}: outputs {written} have no entries {start} to {last} on axis {axis}")
         count = last + 1 - start
     own = tuple(count if i == axis else extent for i, extent in enumerate(shape, 1))
     default = axis or _by_shape(own).axis  # of the classes
     classes = int(match["classes"] or default)
     if match["kind"] == SCORES and (not 1 <= classes <= len(own) or own[classes - 1] < 2):
-        raise UserError(f"--output {text}: outputs ({written}) have no classes on axis {classes}; give scores:AXIS")
+        raise UserError(f"--output {text}: outputs {written} have no classes on axis {classes}; give scores:AXIS")
     answers = Answers(match["kind"], classes) if match["kind"] == SCORES else Answers(match["kind"])
     return Part(answers, number, axis or 1, start, count)
 

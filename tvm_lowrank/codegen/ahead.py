@@ -7,7 +7,7 @@ do not need it. So each step of the reduction asks for a part of what the next t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 from tvm import tirx
 from tvm.s_tir import Schedule
 
-from tvm_lowrank.codegen.blocks import unravelled
+from tvm_lowrank.codegen.blocks import number_of, unravelled
 
 LINE = 64  # bytes that come at once; with longer lines some are asked for twice
 PACKING = "meta_schedule.layout_rewrite_preproc"  # annotates the block that packs a constant operand
@@ -47,7 +47,10 @@ def fetch(sch: Schedule, walk: Walk) -> None:
     if packed is None or channels == 1 or walk.positions == 1:
         return
     of_tile = prod(map(int, packed.shape)) // channels
-    number, step = number_of(map(sch.get, walk.tiles)), number_of(map(sch.get, walk.reduction))
+    number, step = (
+        number_of((loop.loop_var, loop.extent) for loop in map(sch.get, loops))
+        for loops in (walk.tiles, walk.reduction)
+    )
     tile, position = tirx.floordiv(number, walk.positions), tirx.floormod(number, walk.positions)
     share = Share(position, walk.positions, step, steps)
     asked = ask(packed, (tile + 1) * of_tile, of_tile, share)
@@ -76,14 +79,6 @@ def ask(packed: Any, first: Any, count: int, share: Share) -> tirx.Stmt:
     asked: tirx.Stmt = tirx.stmt_seq(*(_ask(packed, own + line * in_line) for line in range(each)))
     needed = -(-lines // (each * share.steps))  # tiles of positions that have something to ask for
     return asked if needed == share.positions else tirx.IfThenElse(share.position < needed, asked, None)
-
-
-def number_of(loops: Iterable[Any]) -> Any:
-    """The number of an iteration of nested loops."""
-    number: Any = 0
-    for loop in loops:
-        number = number * loop.extent + loop.loop_var
-    return number
 
 
 def _packed(sch: Schedule, weights: Any) -> Any:

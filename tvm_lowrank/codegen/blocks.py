@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from tvm import tirx
@@ -26,6 +26,14 @@ def put(sch: Schedule, block: Any, name: str, make: Callable[..., tirx.Stmt]) ->
 def call(function: str, *arguments: Any) -> tirx.Stmt:
     """Call a function in LLVM IR that returns nothing."""
     return tirx.Evaluate(tirx.call_extern("void", function, *arguments))
+
+
+def number_of(loops: Iterable[tuple[Any, Any]]) -> Any:
+    """The number of an iteration of nested loops, by their variables and extents from outside in."""
+    number: Any = 0
+    for variable, extent in loops:
+        number = number * extent + variable
+    return number
 
 
 def unravelled(number: Any, buffer: Any) -> tuple[Any, ...]:

@@ -22,7 +22,7 @@ from tvm import tirx
 from tvm.s_tir import Schedule
 
 from tvm_lowrank.codegen.ahead import Share, ask
-from tvm_lowrank.codegen.blocks import call, put, unravelled
+from tvm_lowrank.codegen.blocks import call, number_of, put, unravelled
 from tvm_lowrank.codegen.units import Unit, inlined
 
 ACCUMULATORS = 4
@@ -121,9 +121,7 @@ def place(sch: Schedule, block: Any, nest: Nest, unit: Unit, *, again: bool) -> 
         raise ValueError(f"{len(nest.tiles)}x{nest.vectors} accumulators, but {ACCUMULATORS} registers for them")
     *places, _ = [axis for axis in sch.get(block).iter_vars if int(axis.iter_type) == SPATIAL]
     positions = prod(int(axis.dom.extent) for axis in places)
-    position: Any = 0
-    for axis in places:
-        position = position * axis.dom.extent + axis.var
+    position = number_of((axis.var, axis.dom.extent) for axis in places)
     share = (position, positions) if again and positions > 1 else None
     put(sch, block, "tiles", partial(_products, nest, unit, share))
 
@@ -139,9 +137,7 @@ def _products(nest: Nest, unit: Unit, share: tuple[Any, int] | None, left: Any, 
     walked = [*[0] * (len(nest.positions) - len(nest.kernel)), *loops[:-1]]
     columns = ROW // 4  # of a register of sums
     packed = steps * columns * unit.depth  # numbers of a register of the right operand
-    number: Any = 0
-    for loop, extent in zip(loops, extents, strict=True):
-        number = number * extent + loop
+    number = number_of(zip(loops, extents, strict=True))
 
     def do(what: str, *arguments: Any) -> tirx.Stmt:
         return call(f"{name}_{what}", *arguments)

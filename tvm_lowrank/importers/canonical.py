@@ -7,6 +7,7 @@ front, a site's id as the name of the variable that its convolution is bound to.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
@@ -19,10 +20,10 @@ from tvm.ir import Call, GenericConst, IRModule, Op, Tuple, TupleGetItem
 
 from tvm_lowrank.bridge.torch_nn import OPERATORS
 from tvm_lowrank.errors import UserError
-from tvm_lowrank.graph import ADD, CONV2D, bindings, is_site
+from tvm_lowrank.graph import ADD, CONV2D, bindings, is_site, with_attribute
 from tvm_lowrank.importers.linear import as_convolutions
 from tvm_lowrank.importers.nodes import MULTIPLY, Node, assembled, check_constants, fold_scaling, live, named, op_name
-from tvm_lowrank.tensors import with_inputs
+from tvm_lowrank.tensors import INPUTS
 
 _PAD = Op.get("relax.nn.pad")
 _RESHAPES = {"relax.reshape", "relax.broadcast_to"}
@@ -62,7 +63,7 @@ def canonicalise(
     nodes, results = fold_scaling(nodes, results)
     check_constants(nodes)
     made = assembled(parameter, nodes, results)
-    return with_inputs(made, shapes) if several else made
+    return with_attribute(made, INPUTS, json.dumps(shapes)) if several else made
 
 
 def check_sites(mod: IRModule) -> IRModule:
