@@ -1,7 +1,7 @@
 """Number formats: what the operands of a convolution are rounded to.
 
-Products are added up in float32, in some formats after a few of them were added up in the format itself. The names are
-those of numpy, PyTorch and TVM.
+Products are added up in float32, in some formats after a few of them were added up in the format itself, and those of
+integers in int32. The names are those of numpy, PyTorch and TVM.
 """
 
 from __future__ import annotations
@@ -16,18 +16,22 @@ FLOAT32 = "float32"
 
 @dataclass(frozen=True)
 class Format:
-    """A floating-point format.
+    """A floating-point format, or integers with a scale.
 
     Attributes
     ----------
     type
         numpy's.
     roundoff
-        The largest relative error of rounding to the nearest, where nothing is subnormal.
+        The largest relative error of rounding to the nearest, where nothing is subnormal; of integers relative to the
+        largest number of a tensor.
     largest
-        The largest finite number.
+        The largest finite number; integers have scales for any.
     summed
         How many products are added up in the format itself before float32 takes their sum; 1 is none.
+    whole
+        Whether numbers are whole multiples of a scale: of one for each output channel of a weight (`quantised`), and of
+        one for what a convolution reads (`Grid`).
     """
 
     name: str
@@ -35,6 +39,7 @@ class Format:
     roundoff: float
     largest: float
     summed: int = 1
+    whole: bool = False
 
     @classmethod
     def of(cls, name: str, *, summed: int = 1) -> Format:
@@ -62,6 +67,62 @@ class Format:
 FORMATS = {
     format.name: format
     # no processor adds up products of float16 in float32 faster than those of float32
-    for format in (Format.of(FLOAT32), Format.of("bfloat16"), Format.of("float16", summed=256))
+    for format in (
+        Format.of(FLOAT32),
+        Format.of("bfloat16"),
+        Format.of("float16", summed=256),
+        Format("int8", np.dtype("int8"), 0.5 / 127, float(np.finfo(np.float32).max), whole=True),
+    )
 }
 """By name."""
+
+LEVELS = 255  # the largest of the whole numbers of a `Grid`
+LARGEST = 127  # absolute whole number of a weight
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The numbers that a tensor of int8 holds: ``scale`` times (q - ``zero``), where q is from 0 to 255.
+
+    The scale is a float32 number, and zero is one of the q, so that 0 is held exactly.
+    """
+
+    scale: float
+    zero: int
+
+    @classmethod
+    def over(cls, low: float, high: float) -> Grid:
+        """The finest grid that reaches about from ``low`` to ``high``, and has 0."""
+        low, high = min(low, 0.0), max(high, 0.0)
+        scale = np.float32(max((high - low) / LEVELS, float(np.finfo(np.float32).tiny)))
+        return cls(float(scale), int(np.clip(round(-low / float(scale)), 0, LEVELS)))
+
+    @property
+    def inverse(self) -> float:
+        """By what numbers are multiplied in float32 before they are rounded."""
+        return float(np.float32(1) / np.float32(self.scale))
+
+    def rounded(self, values: np.ndarray) -> np.ndarray:
+        """The nearest numbers of the grid (ties to even), as float32."""
+        steps = np.rint(values.astype("float32") * np.float32(self.inverse))
+        return np.clip(steps, -self.zero, LEVELS - self.zero) * np.float32(self.scale)
+
+    def __str__(self) -> str:
+        return f"{self.scale!r} {self.zero}"
+
+    @classmethod
+    def parse(cls, text: str) -> Grid:
+        """The inverse of `str`."""
+        scale, zero = text.split()
+        return cls(float(scale), int(zero))
+
+
+def quantised(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Weights (OIHW, float32) as whole numbers from -127 to 127 (int8), and the scale of each output channel (float32).
+
+    The largest of a channel is 127.
+    """
+    largest = np.abs(weight).reshape(len(weight), -1).max(axis=1, initial=0.0).astype("float32")
+    scale = np.where(largest > 0, largest, np.float32(LARGEST)) / np.float32(LARGEST)
+    whole = np.rint(weight.astype("float32") / scale.reshape(-1, 1, 1, 1))
+    return whole.astype("int8"), scale

@@ -1,23 +1,27 @@
-"""Which convolutions of a canonical function are computed in half precision, and what is rounded for them.
+"""Which convolutions of a canonical function are computed in half precision or int8, and what is rounded for them.
 
-The function's values stay float32; its attribute ``formats`` names the format of each site that has another one. A
-convolution in a format reads its weights and its input rounded to it, and adds up in float32. What it reads is also
-kept in that format, for all who read it: so it takes half the memory, and is rounded once. PyTorch
-(`tvm_lowrank.bridge`) and the compiled code (`tvm_lowrank.codegen`) both follow what is said here.
+The function's values stay float32; its attribute ``formats`` names the format of each site that has another one, and
+``grids`` the numbers that a convolution in int8 reads. A convolution in a format reads its weights and its input
+rounded to it, and adds up in float32 (int32). What it reads is also kept in that format, for all who read it: so it
+takes less memory, and is rounded once. PyTorch (`tvm_lowrank.bridge`) and the compiled code (`tvm_lowrank.codegen`)
+both follow what is said here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from tvm import relax
-from tvm.ir import IRModule
+from tvm.ir import Call, IRModule, Op
 
-from tvm_lowrank.formats import FLOAT32, FORMATS, Format
+from tvm_lowrank.formats import FLOAT32, FORMATS, Format, Grid
 from tvm_lowrank.graph import bindings, chain_of, conv_spec, is_site, with_attribute
 from tvm_lowrank.methods import ConvSpec
 
-ATTRIBUTE = "formats"
+ATTRIBUTE, GRIDS = "formats", "grids"
+PLACEHOLDER = Grid(1.0, 0)  # where only time matters
+CHOOSING = {Op.get(f"relax.{name}") for name in ("nn.max_pool2d", "concat")}
 NARROW = 8  # channels; groups that have fewer do not fill the vectors, and are interleaved in float32
 
 
@@ -72,11 +76,72 @@ def operand_formats(function: relax.Function) -> dict[str, Format]:
     }
 
 
-def stored(function: relax.Function) -> dict[relax.Var, Format]:
-    """The variables that are kept in another format, for they are read in this one and no second."""
+@dataclass(frozen=True)
+class Kept:
+    """How the numbers are kept that a convolution reads: in a format, and on a grid where that has whole numbers."""
+
+    format: Format
+    grid: Grid | None = None
+
+
+def with_grids(mod: IRModule, grids: Mapping[str, Grid], *, name: str = "main") -> IRModule:
+    """A copy of the module in which these convolutions, by name, read these numbers in int8; others as they were."""
+    texts = {conv: str(grid) for conv, grid in {**grids_of(mod[name]), **grids}.items()}
+    return with_attribute(mod, GRIDS, texts, name=name)
+
+
+def grids_of(function: relax.Function) -> dict[str, Grid]:
+    """The grids of what convolutions read in int8, by their names."""
+    attributes = function.attrs or {}
+    return {str(conv): Grid.parse(str(text)) for conv, text in attributes.get(GRIDS, {}).items()}
+
+
+def kept_operands(function: relax.Function) -> dict[str, Kept]:
+    """The convolutions, by name, that read rounded operands, and how these are kept.
+
+    Raises
+    ------
+    ValueError
+        If a convolution in int8 has no grid.
+    """
     formats = operand_formats(function)
-    read: dict[relax.Var, set[Format]] = {}
+    grids = grids_of(function) if any(format.whole for format in formats.values()) else {}
+    missing = [name for name, format in formats.items() if format.whole and name not in grids]
+    if missing:
+        raise ValueError(f"no grid for {', '.join(missing)}; tvm_lowrank.bridge.grids.calibrated finds them")
+    return {name: Kept(format, grids[name] if format.whole else None) for name, format in formats.items()}
+
+
+def stored(function: relax.Function) -> dict[relax.Var, Kept]:
+    """The variables that are kept in another format, for they are read in this one and no second.
+
+    So are those of which only such variables on grids are made, by operators that choose among numbers (`CHOOSING`):
+    whether these are rounded before or after makes no difference.
+    """
+    operands = kept_operands(function)
+    if not operands:
+        return {}
+    read: dict[relax.Var, set[Kept]] = {}
+    readers: dict[relax.Var, list[relax.VarBinding]] = {}
     for binding in bindings(function):
-        if is_site(binding.value) and binding.var.name in formats:
-            read.setdefault(binding.value.args[0], set()).add(formats[binding.var.name])
-    return {var: found.pop() for var, found in read.items() if len(found) == 1}
+        if is_site(binding.value) and binding.var.name in operands:
+            read.setdefault(binding.value.args[0], set()).add(operands[binding.var.name])
+        for var in set(relax.analysis.free_vars(binding.value)):
+            readers.setdefault(var, []).append(binding)
+    found = {var: kept.pop() for var, kept in read.items() if len(kept) == 1}
+    results = set(relax.analysis.free_vars(function.body.body))
+    for binding in reversed(bindings(function)):
+        kept = found.get(binding.var)
+        if kept is None or kept.grid is None or not chooses(binding.value):
+            continue
+        among = set(relax.analysis.free_vars(binding.value))
+        others = [reader for var in among - set(found) for reader in readers[var]]
+        alike = all(chooses(reader.value) and found.get(reader.var) == kept for reader in others)
+        if alike and not among & results and all(found.get(var, kept) == kept for var in among):
+            found.update(dict.fromkeys(among, kept))
+    return found
+
+
+def chooses(value: relax.Expr) -> bool:
+    """Whether a value has only numbers that its operands have."""
+    return isinstance(value, Call) and value.op in CHOOSING

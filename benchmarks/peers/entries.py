@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,17 +14,18 @@ import torch
 from torch import nn
 from tvm.ir import IRModule
 
-from peers.contest import EXACT, HALF, OURS, Contestant, Match
+from peers.contest import COARSE, EXACT, HALF, INT8, OURS, Contestant, Match
 from peers.runtimes import IMAGES, ONNX
 from tvm_lowrank import UserError, console, example
 from tvm_lowrank.bridge.calibrate import predict
+from tvm_lowrank.bridge.grids import calibrated
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.bundle.library import library as library_of
 from tvm_lowrank.bundle.manifest import read_manifest
 from tvm_lowrank.codegen.link import export_library
 from tvm_lowrank.codegen.lower import build, kernels, lower
 from tvm_lowrank.data.synthetic import dead_leaves
-from tvm_lowrank.formats import FLOAT32
+from tvm_lowrank.formats import FLOAT32, FORMATS
 from tvm_lowrank.graph import Site, find_sites
 from tvm_lowrank.importers.importer import import_model
 from tvm_lowrank.plan import Plan
@@ -110,13 +111,18 @@ def named(name: str, folder: Path, *, threads: int, cache: Path, count: int, bud
     with LatencyOracle(profile, cache_dir=cache, threads=threads) as oracle:
         sites = find_sites(mod)
         times = SiteTimes(mod, sites, oracle, batch=shape[0])
-        formats = times.fastest_dense(lambda site: possible(site.spec, profile.formats)).formats
-        built = [("dense", {}, mod)]
-        if formats:
-            built.append(("dense", formats, with_formats(mod, formats)))
+        pictures = images(shape, count, real=real)
+        mod = calibrated(mod, pictures, names=[site.id for site in sites])
+        fractions = [name for name in profile.formats if not FORMATS[name].whole]
+        built: list[tuple[str, Mapping[str, str], IRModule]] = [("dense", {}, mod)]
+        for allowed in (fractions, profile.formats):
+            formats = times.fastest_dense(partial(_possible, allowed)).formats
+            if formats and formats != built[-1][1]:
+                built.append(("dense", formats, with_formats(mod, formats)))
+        formats = built[-1][1]
         if budget_free:
             small = DecomposeConv2D(half(sites, profile.lanes))(mod)
-            built.append(("compressed", formats, with_formats(small, formats)))
+            built.append(("compressed", formats, calibrated(with_formats(small, formats), pictures)))
             compressed = partial(predict, TorchBridge(small))
         libraries = []
         for i, (which, own, module) in enumerate(built):
@@ -124,7 +130,11 @@ def named(name: str, folder: Path, *, threads: int, cache: Path, count: int, bud
             path = folder / f"{i}.so"
             link(module, path, shape[0], oracle)
             libraries.append(library(path, own.values(), which))
-    return Entry(net, shape, images(shape, count, real=real), tuple(libraries), compressed)
+    return Entry(net, shape, pictures, tuple(libraries), compressed)
+
+
+def _possible(formats: Sequence[str], site: Site) -> Sequence[str]:
+    return possible(site.spec, formats)
 
 
 def network(name: str) -> nn.Module:
@@ -164,7 +174,7 @@ def library(path: Path, formats: Iterable[str], network: str) -> Contestant:
         runtime=OURS,
         file=str(path.resolve()),
         package="tvm",
-        tolerance=HALF if others else EXACT,
+        tolerance=COARSE if INT8 in others else HALF if others else EXACT,
         network=network,
     )
 

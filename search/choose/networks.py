@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from tvm import relax
 from tvm.ir import IRModule
 
 from tvm_lowrank import console
@@ -18,9 +20,11 @@ from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.data.images import Images
 from tvm_lowrank.data.training_data import Batches
 from tvm_lowrank.errors import TimeUp
+from tvm_lowrank.formats import Grid
 from tvm_lowrank.graph import find_sites
 from tvm_lowrank.methods import Chain
 from tvm_lowrank.plan import Choice, Plan, formats_in
+from tvm_lowrank.precision import grids_of, with_grids
 from tvm_lowrank.searching.choose.fitted import FittedNetworks
 from tvm_lowrank.searching.choose.sensitivity import Sensitivity
 from tvm_lowrank.searching.fit.finetune import Judged, Settings, finetune
@@ -199,7 +203,7 @@ class Networks:
                 check=self._check,
                 advance=advance,
             )
-        return replace_sites(network, chains, formats=formats)
+        return known.calibrated(replace_sites(network, chains, formats=formats))
 
     @property
     def _name(self) -> str:
@@ -211,11 +215,17 @@ class Networks:
             training, folder = self.training, self._folder
             assert training is not None and folder is not None and self._judge is not None
             bridge = TorchBridge(start())
-            training.workers.of_first(plan.to_json)  # the others wait for it, in `follow`
+            # the others wait for it, in `follow`
+            training.workers.of_first(lambda: _started(plan, bridge.function))
             training.run(bridge, TorchBridge(self.mod), self._judge, folder, self._deadline)
             return bridge.to_relax()
 
         return self._fitted.once(plan, f"{how}, {self._name}", fit)
+
+
+def _started(plan: Plan, function: relax.Function) -> str:
+    """What other workers must know of a network that is trained, besides its parameters."""
+    return json.dumps({"plan": plan.to_json(), "grids": {c: str(grid) for c, grid in grids_of(function).items()}})
 
 
 def follow(mod: IRModule, training: Training) -> None:
@@ -225,8 +235,9 @@ def follow(mod: IRModule, training: Training) -> None:
         raise AssertionError("only the first worker judges")
 
     while (text := training.workers.of_first(str)) is not None:
-        plan = Plan.from_json(text)
-        bridge = TorchBridge(shaped(mod, plan))
+        begun = json.loads(text)
+        grids = {conv: Grid.parse(grid) for conv, grid in begun["grids"].items()}
+        bridge = TorchBridge(with_grids(shaped(mod, Plan.from_json(begun["plan"])), grids))
         with suppress(TimeUp):
             training.run(bridge, TorchBridge(mod), nobody, Path(), float("inf"))
 

@@ -16,6 +16,7 @@ from tvm.ir import IRModule
 
 from tvm_lowrank import console
 from tvm_lowrank.bridge.calibrate import each_fisher, each_moments, predict, predict_each
+from tvm_lowrank.bridge.grids import calibrated, equalised
 from tvm_lowrank.bridge.ranges import largest_operands
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.data.images import Images
@@ -151,7 +152,11 @@ class Sensitivity:
             for _ in self._each(lambda name: self.chain(name, chosen[name]), unknown, "decomposing"):
                 pass
         chains = {name: self.chain(name, choice) for name, choice in chosen.items()}
-        return replace_sites(self.mod, chains, formats=formats_in(plan))
+        return self.calibrated(replace_sites(self.mod, chains, formats=formats_in(plan)))
+
+    def calibrated(self, network: IRModule) -> IRModule:
+        """A network whose chains in int8 are equalised and have grids; the sites have theirs."""
+        return calibrated(equalised(network, self._rest), self._rest, seed=self.seed)
 
     def chain(self, name: str, choice: Choice) -> Chain:
         """The chain of one candidate, decomposed by itself; it is kept."""
@@ -225,7 +230,7 @@ class Sensitivity:
         """Damage in nats of computing these sites in a format."""
 
         def look() -> float:
-            network = TorchBridge(with_formats(self.mod, dict.fromkeys(names, format)))
+            network = TorchBridge(self.calibrated(with_formats(self.mod, dict.fromkeys(names, format))))
             return divergence(self._bridge.answers, predict(self._bridge, self.probed), predict(network, self.probed))
 
         return float(journal.once("probe", f"{', '.join(names)} in {format}", look))

@@ -13,6 +13,7 @@ from tvm.ir import IRModule
 from tvm_lowrank import console, example
 from tvm_lowrank.bridge.answers import EMBEDDING, MULTILABEL, REGRESSION, SCORES, Answers
 from tvm_lowrank.bridge.calibrate import answered, predict
+from tvm_lowrank.bridge.grids import IMAGES, calibrated
 from tvm_lowrank.bridge.meaning import answers_of, guessed, with_answers
 from tvm_lowrank.bridge.meaning import asked as said_of
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
@@ -122,9 +123,20 @@ def load(asked: NetworkOptions, workers: Workers | None = None) -> Inputs:
         metric = _tried(metric, mod, splits)
     if isinstance(asked, SearchOptions) and asked.finetune is not None:
         training = load_training_of(asked, mod, workers or Workers())
+    if isinstance(asked, BundleOptions):
+        mod = _gridded(mod, splits, precisions(asked.precision, profile, *others))
     if others:
         console.phase(f"of the targets, {profile.name} is the best that this processor has: it is measured on")
     return Inputs(asked, profile, mod, find_sites(mod), metric, splits, training, tuple(others))
+
+
+def _gridded(mod: IRModule, splits: Splits | None, formats: Sequence[str]) -> IRModule:
+    """The module with a grid for every site, if one of the formats has whole numbers."""
+    if not any(FORMATS[format].whole for format in formats):
+        return mod
+    images = synthetic_images(mod, 0) if splits is None else splits.calibration
+    with console.progress("ranges of activations", min(IMAGES, len(images))) as advance:
+        return calibrated(mod, images, names=[site.id for site in find_sites(mod)], advance=advance)
 
 
 def meant(metric: Metric, mod: IRModule) -> Metric:

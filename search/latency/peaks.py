@@ -14,7 +14,7 @@ from tvm_lowrank.codegen.lower import kernels, lower
 from tvm_lowrank.codegen.schedule import workload
 from tvm_lowrank.errors import MeasurementError
 from tvm_lowrank.formats import FLOAT32
-from tvm_lowrank.precision import with_formats
+from tvm_lowrank.precision import PLACEHOLDER, with_formats, with_grids
 from tvm_lowrank.searching.latency.tiles import register_tiles
 from tvm_lowrank.searching.measure.bench import Bench, Devices, Job, TrialError
 from tvm_lowrank.targets.profile import Profile
@@ -92,7 +92,7 @@ def _products(rows: int, profile: Profile, format: str) -> list[Job]:
             product = builder.emit(relax.op.nn.conv2d(x, relax.const(weights)), name_hint="product")
             result = builder.emit_output(product)
         builder.emit_func_output(result)
-    mod = with_formats(builder.get(), {"product": format})
+    mod = with_grids(with_formats(builder.get(), {"product": format}), {"product": PLACEHOLDER})
     [func] = [kernel.func for kernel in kernels(lower(mod, batch=1, target=profile.tvm_target())) if kernel.is_conv]
     space = workload(func)
     assert space is not None

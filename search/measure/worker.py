@@ -93,8 +93,8 @@ class Session:
         import numpy as np
         import tvm
 
+        from tvm_lowrank.codegen.kept import as_kept
         from tvm_lowrank.codegen.processor import needs_of_module, require
-        from tvm_lowrank.codegen.rounding import as_kept
 
         library, parameters = compiled(source, tiling, target, threads)
         require(needs_of_module(library), "the kernel")

@@ -17,8 +17,8 @@ from tvm.s_tir.transform import RemoveWeightLayoutRewriteBlock
 from support.lowering_networks import canonical, expected, network, run, sample
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.codegen import schedule
+from tvm_lowrank.codegen.kept import as_kept, narrowed, widened
 from tvm_lowrank.codegen.lower import build, kernels, kernels_of, lower
-from tvm_lowrank.codegen.rounding import as_kept, narrowed, widened
 from tvm_lowrank.codegen.schedule import workload
 from tvm_lowrank.codegen.units import UNITS, Unit, formats_of, rounding_of, tensor_intrin, units_of
 from tvm_lowrank.formats import FORMATS

@@ -18,6 +18,7 @@ from tvm.s_tir.transform import RemoveWeightLayoutRewriteBlock
 
 from support.asked import marked
 from tvm_lowrank.bridge.calibrate import predict
+from tvm_lowrank.bridge.grids import calibrated
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.codegen import lower as lowering
 from tvm_lowrank.codegen import processor, schedule, tiles, units
@@ -31,7 +32,7 @@ from tvm_lowrank.searching.latency.tiles import first_candidates, register_tiles
 from tvm_lowrank.targets.profile import load_profile
 from tvm_lowrank.targets.toolchain import cross_compiler, host_arch, triple_of
 
-AMX = "amx_bf16"
+AMX = {"bfloat16": "amx_bf16", "int8": "amx_int8"}
 SAPPHIRE = {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "sapphirerapids"}
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
 
@@ -49,7 +50,7 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 @pytest.fixture
 def emulated(emulator: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
-    """Every target has tiles, and nothing else for bfloat16; some products are made with them."""
+    """Every target has tiles, and nothing else for bfloat16 and int8; some products are made with them."""
     real = tiles.functions
 
     def functions(*arguments: object, **options: object) -> str:
@@ -59,7 +60,8 @@ def emulated(emulator: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator
     monkeypatch.setattr(tiles, "functions", functions)
     for name in units.UNITS:
         monkeypatch.setitem(units.UNITS, name, replace(units.UNITS[name], features=frozenset({"none"})))
-    monkeypatch.setitem(units.UNITS, AMX, replace(units.UNITS[AMX], features=frozenset()))
+    for name in AMX.values():
+        monkeypatch.setitem(units.UNITS, name, replace(units.UNITS[name], features=frozenset()))
     before = emulator.emulated_products()
     yield emulator
     assert emulator.emulated_products() > before
@@ -78,11 +80,14 @@ class Network(nn.Module):
         return torch.relu(self.second(torch.relu(self.first(x))) + self.beside(x))
 
 
-def lowered(network: nn.Module, size: int, batch: int = 1) -> tuple[tvm.IRModule, tvm.IRModule]:
-    """The canonical module with its second convolution in bfloat16, and what it is lowered to."""
+def lowered(
+    network: nn.Module, size: int, batch: int = 1, format: str = "bfloat16"
+) -> tuple[tvm.IRModule, tvm.IRModule]:
+    """The canonical module with its second convolution in a format, and what it is lowered to."""
     mod = import_model(network.eval(), input_shape=(1, 3, size, size))
     name = next(site.id for site in find_sites(mod) if "second" in site.id)
-    mod = with_formats(mod, {name: "bfloat16"})
+    images = np.random.default_rng(1).standard_normal((batch, 3, size, size)).astype("float32")
+    mod = calibrated(with_formats(mod, {name: format}), images)
     return mod, lowering.lower(mod, batch=batch, target=TARGET)
 
 
@@ -109,6 +114,7 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("format", AMX)
 @pytest.mark.parametrize(("inside", "outside", "kernel", "size", "options", "batch", "threads"), CASES)
 def test_what_is_computed(
     emulated: ctypes.CDLL,
@@ -119,12 +125,13 @@ def test_what_is_computed(
     options: dict[str, int],
     batch: int,
     threads: int,
+    format: str,
 ) -> None:
     torch.manual_seed(0)
-    mod, low = lowered(Network(inside, outside, kernel, **options), size, batch)
+    mod, low = lowered(Network(inside, outside, kernel, **options), size, batch, format)
     found, space = kernel_of(low)
     candidates = register_tiles(space, lanes=PROFILE.lanes, registers=PROFILE.registers)
-    assert candidates and all(tiling.unit == AMX for tiling in candidates)
+    assert candidates and all(tiling.unit == AMX[format] for tiling in candidates)
     x = np.random.default_rng(0).standard_normal((batch, 3, size, size)).astype("float32")
     expected = predict(TorchBridge(mod), x)
     # the best with all its variants, and some of the others
@@ -155,7 +162,7 @@ def test_weights_are_fetched_ahead(emulated: ctypes.CDLL, size: int, threads: in
 
 def test_peaks_are_measured_with_tiles(emulated: ctypes.CDLL) -> None:
     for job in _products(32, PROFILE, "bfloat16"):
-        assert job.tiling is not None and job.tiling.unit == AMX
+        assert job.tiling is not None and job.tiling.unit == AMX["bfloat16"]
         func = RemoveWeightLayoutRewriteBlock(skip_tensor_rewrite=True)(
             schedule.apply(job.func, job.tiling, target=TARGET, threads=1)
         )
@@ -172,7 +179,7 @@ def test_more_accumulators_than_registers_are_refused(emulated: ctypes.CDLL) -> 
     _, low = lowered(Network(32, 32, 3, padding=1), 12)
     kernel, space = kernel_of(low)
     with pytest.raises(ValueError, match="accumulators, but 4 registers"):
-        schedule.apply(kernel.func, Tiling((1, 6, 12, 32), 16, unit=AMX), target=TARGET, threads=1)
+        schedule.apply(kernel.func, Tiling((1, 6, 12, 32), 16, unit=AMX["bfloat16"]), target=TARGET, threads=1)
     good = register_tiles(space, lanes=16, registers=32)[0]
     built = lowering.build(low, {kernel.key: good}, TARGET, threads=1)
     relax.VirtualMachine(built, tvm.cpu())["main"](tvm.runtime.tensor(np.zeros((1, 3, 12, 12), "float32")))
@@ -187,9 +194,9 @@ def test_the_instructions_are_in_the_code(threads: int) -> None:
     name = next(site.id for site in find_sites(mod) if "second" in site.id)
     low = lowering.lower(with_formats(mod, {name: "bfloat16"}), batch=1, target=target)
     kernel, space = kernel_of(low)
-    assert set(space.units) == {"avx512_bf16", AMX}
+    assert set(space.units) == {"avx512_bf16", AMX["bfloat16"]}
     best, *_ = first_candidates(space, lanes=16, registers=32, limit=12)
-    assert best is not None and best.unit == AMX
+    assert best is not None and best.unit == AMX["bfloat16"]
     scheduled = schedule.apply(kernel.func, best, target=target, threads=threads)
     code = tvm.compile(scheduled, target).mod.inspect_source("asm")
     for instruction in ("ldtilecfg", "tileloadd", "tdpbf16ps", "tilestored", "tilezero", "tilerelease"):
@@ -203,10 +210,10 @@ def test_the_instructions_are_in_the_code(threads: int) -> None:
 
 
 def test_the_other_instructions_compete() -> None:
-    space = Workload((1, 14, 14, 256), (3, 3, 256), 256, True, "bfloat16", ("avx512_bf16", AMX))
+    space = Workload((1, 14, 14, 256), (3, 3, 256), 256, True, "bfloat16", ("avx512_bf16", AMX["bfloat16"]))
     found = register_tiles(space, lanes=16, registers=32)
-    assert {tiling.unit for tiling in found} == {"avx512_bf16", AMX}
-    assert found[0].unit == AMX and found[0].tile[-2] == 14
+    assert {tiling.unit for tiling in found} == {"avx512_bf16", AMX["bfloat16"]}
+    assert found[0].unit == AMX["bfloat16"] and found[0].tile[-2] == 14
     # tiles of few rows are not worth it
     narrow = replace(space, spatial=(1, 1, 1, 256), reduction=(1, 1, 2), padded=False)
     assert register_tiles(narrow, lanes=16, registers=32)[0].unit == "avx512_bf16"
@@ -222,6 +229,6 @@ def test_libraries_say_that_they_need_tiles(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(processor, "_refused_tiles", lambda: "Operation not permitted")
     without = processor.without_missing(SAPPHIRE)
     assert set(without["mattr"]) == {"-amx-tile", "-amx-bf16", "-amx-int8"}
-    assert AMX not in [unit.name for unit in units.units_of(tvm.target.Target(without))]
+    assert AMX["bfloat16"] not in [unit.name for unit in units.units_of(tvm.target.Target(without))]
     monkeypatch.setattr(processor, "_refused_tiles", lambda: None)
     assert processor.without_missing(SAPPHIRE) == SAPPHIRE

@@ -96,4 +96,25 @@ void emulated_tdpbf16ps(uint8_t sums, uint8_t left, uint8_t right) {
   }
 }
 
+void emulated_tdpbusd(uint8_t sums, uint8_t left, uint8_t right) {
+  Must(tiles.shaped, "not shaped");
+  ++products;
+  Must(tiles.rows[sums] == tiles.rows[left] && tiles.bytes[sums] == tiles.bytes[right], "shapes do not fit");
+  Must(tiles.bytes[left] == 4 * tiles.rows[right], "the reductions do not fit");
+  for (int row = 0; row < tiles.rows[sums]; ++row) {
+    for (int column = 0; column < tiles.bytes[sums] / 4; ++column) {
+      int32_t sum;
+      std::memcpy(&sum, tiles.data[sums][row] + 4 * column, sizeof sum);
+      for (int step = 0; step < tiles.rows[right]; ++step) {
+        for (int byte = 0; byte < 4; ++byte) {
+          const uint8_t a = tiles.data[left][row][4 * step + byte];
+          const auto b = static_cast<int8_t>(tiles.data[right][step][4 * column + byte]);
+          sum += int32_t{a} * int32_t{b};
+        }
+      }
+      std::memcpy(tiles.data[sums][row] + 4 * column, &sum, sizeof sum);
+    }
+  }
+}
+
 }  // extern "C"

@@ -19,12 +19,12 @@ from tvm.ir import Call, GenericConst, IRModule, Tuple, TupleGetItem
 
 from tvm_lowrank.bridge.answers import Meaning
 from tvm_lowrank.bridge.meaning import answers_of
+from tvm_lowrank.bridge.rounded import Function, integer_product, rounder, weight_rounder
 from tvm_lowrank.bridge.torch_nn import OPERATORS
 from tvm_lowrank.bridge.torch_ops import Compute
 from tvm_lowrank.errors import UserError
-from tvm_lowrank.formats import Format
 from tvm_lowrank.graph import bias_adds, bindings, is_site
-from tvm_lowrank.precision import operand_formats, stored
+from tvm_lowrank.precision import kept_operands, stored
 from tvm_lowrank.tensors import Tensors
 
 Tap = Callable[[str, Tensor, Tensor], None]
@@ -61,8 +61,8 @@ class _Step:
     out: int
     site: str | None
     free: tuple[int, ...]  # slots that nothing after this step reads
-    operands: torch.dtype  # to which those of a site are rounded
-    kept: torch.dtype  # to which the value is
+    operands: tuple[Function, ...] = ()  # what those of a site are rounded by
+    kept: Function | None = None  # what the value is rounded by
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,11 @@ class _Run:
     def step(self, step: _Step, env: list[Any]) -> tuple[list[Any], Any]:
         """Do a step in an environment, the values by slot; returns its arguments and its value."""
         args = [evaluate(env, self.constants, self.dims) for evaluate in step.args]
-        if step.operands != torch.float32:
-            args = [rounded(arg, step.operands) for arg in args]
+        if step.operands:
+            args = [round(arg) for round, arg in zip(step.operands, args, strict=True)]
         value = args[0] if step.compute is None else step.compute(*args)
-        if step.kept != torch.float32:
-            value = rounded(value, step.kept)
+        if step.kept is not None:
+            value = step.kept(value)
         env[step.out] = value
         for slot in step.free:
             env[slot] = None
@@ -95,32 +95,11 @@ class State:
     dims: Dims
 
 
-class _Rounded(torch.autograd.Function):
-    """Numbers rounded to another type, with the gradient of the numbers themselves."""
-
-    @staticmethod
-    def forward(_context: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return x.to(dtype).to(x.dtype)
-
-    @staticmethod
-    def backward(_context: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
-
-
-def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Numbers rounded to the nearest of another type, in their own; gradients pass as if they were not."""
-    return _Rounded.apply(x, dtype)
-
-
-def _dtype(format: Format | None) -> torch.dtype:
-    return torch.float32 if format is None else getattr(torch, format.name)
-
-
 class TorchBridge(nn.Module):
     """A canonical Relax function as a PyTorch module, at any batch size.
 
-    What the function's convolutions read in half precision is rounded (`tvm_lowrank.precision`); gradients pass as if
-    it were not.
+    What the function's convolutions read in half precision or int8 is rounded (`tvm_lowrank.precision`); gradients pass
+    as if it were not. Without gradients, convolutions in int8 are computed in integers, exactly.
 
     Every float constant of one dimension or more is an `nn.Parameter` (``requires_grad=False`` to begin with);
     `site_parameters` finds those of a site. Weights are OIHW, activations NCHW; ``to(memory_format=channels_last)``
@@ -146,7 +125,7 @@ class TorchBridge(nn.Module):
         self._slots: dict[relax.Var, int] = {}
         self._input = _input_shape(function)
         self._slots[function.params[0]] = 0
-        self._formats, self._kept = operand_formats(function), stored(function)
+        self._operands, self._kept = kept_operands(function), stored(function)
         steps = [self._step(i, binding) for i, binding in enumerate(bindings(function))]
         self._result = self._evaluator(function.body.body, "result")
         self._steps = _with_frees(steps, self._reads(function))
@@ -223,8 +202,8 @@ class TorchBridge(nn.Module):
 
     def start(self, x: Tensor) -> State:
         """A batch (NCHW, float32) before the first step."""
-        format = self._kept.get(self.function.params[0])
-        return State(0, {0: x if format is None else rounded(x, _dtype(format))}, self._dims(x))
+        kept = self._kept.get(self.function.params[0])
+        return State(0, {0: x if kept is None else rounder(kept)(x)}, self._dims(x))
 
     def resume(
         self,
@@ -341,8 +320,12 @@ class TorchBridge(nn.Module):
             args = (self._evaluator(value, path),)
         out = self._slots[binding.var] = len(self._slots)
         site = binding.var.name if is_site(value) else None
-        operands = _dtype(self._formats.get(site)) if site else torch.float32
-        return _Step(compute, args, out, site, (), operands, _dtype(self._kept.get(binding.var)))
+        kept = self._operands.get(site) if site else None
+        operands = () if kept is None else (rounder(kept), weight_rounder(kept))
+        if kept is not None and kept.grid is not None and compute is not None:
+            compute = integer_product(compute, kept.grid)
+        stored_as = self._kept.get(binding.var)
+        return _Step(compute, args, out, site, (), operands, None if stored_as is None else rounder(stored_as))
 
     def _evaluator(self, expr: relax.Expr, path: str) -> Evaluate:
         """What an argument evaluates to, as a closure over plain values (so that the module can be copied)."""

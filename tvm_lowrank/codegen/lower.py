@@ -21,23 +21,27 @@ from tvm.tirx import PrimFunc
 from tvm_ffi import structural_hash
 
 from tvm_lowrank.codegen import schedule
-from tvm_lowrank.codegen.rounding import ASTYPE, astype, format_kept, round_operands
+from tvm_lowrank.codegen.integers import multiply, nearest
+from tvm_lowrank.codegen.kept import format_kept
+from tvm_lowrank.codegen.rounding import ASTYPE, astype, round_operands
 from tvm_lowrank.codegen.schedule import Tiling
-from tvm_lowrank.codegen.vectors import CONV2D, conv2d, vectorise_groups
-from tvm_lowrank.formats import FLOAT32, FORMATS
+from tvm_lowrank.codegen.vectors import CONV2D, conv2d, integer_convolutions, vectorise_groups
+from tvm_lowrank.formats import FLOAT32, FORMATS, LARGEST
 from tvm_lowrank.graph import bindings, is_site
-from tvm_lowrank.precision import operand_formats
+from tvm_lowrank.precision import PLACEHOLDER, operand_formats, with_grids
 
 # Part of the key of every cache of measurements: raise it when lowering or the schedule template changes.
-LOWERING_VERSION = 4
+LOWERING_VERSION = 5
 
 CALL_TIR = Op.get("relax.call_tir")
 PERMUTE_DIMS = Op.get("relax.permute_dims")
+MULTIPLY, ROUND = Op.get("relax.multiply"), Op.get("relax.round")
 CLIP = Op.get("relax.clip")
 LAYOUTS = {"relax.nn.conv2d": ["NHWC", "HWIO"], "relax.nn.conv2d_transpose": ["NCHW", "IOHW"]}
 CONV_BLOCK = "conv2d_n"  # conv2d_nhwc, group_conv2d_nhwc, conv2d_nchw; not conv2d_transpose
-# weights that number the convolutions are larger than any others: the bits of the first one, in each format
-MARKS = {"float32": 0x49800000, "bfloat16": 0x6000, "float16": 0x7800}
+# weights that number the convolutions are larger than any others: the bits of the first one in each format, and how far
+# the next one is; in int8 it is their scale, for which there are fewer bits
+MARKS = {"float32": (0x49800000, 1), "bfloat16": (0x6000, 1), "float16": (0x7800, 1), "int8": (0x4E800000, 1024)}
 KEPT_ATTRIBUTES = ("layout_free_buffers", "tirx.noalias")
 
 
@@ -63,8 +67,13 @@ def lower(mod: IRModule, *, batch: int, target: tvm.target.Target) -> IRModule:
     dimension = mod["main"].params[0].ty.shape[0]
     if isinstance(dimension, tvm.tirx.Var):
         mod = transform.BindSymbolicVars({dimension.name: batch}, "main")(mod)
+    legalisations = {CONV2D.name: conv2d(target), ASTYPE.name: astype}
+    integers: list[tvm.transform.Pass] = []
+    if any(format.whole for format in operand_formats(mod["main"]).values()):
+        legalisations |= {MULTIPLY.name: multiply, ROUND.name: nearest}
+        integers = [integer_convolutions(target)]
     passes = [
-        round_operands,
+        round_operands(target),
         transform.DecomposeOpsForInference(),
         transform.CanonicalizeBindings(),
         expand_clip,
@@ -73,13 +82,16 @@ def lower(mod: IRModule, *, batch: int, target: tvm.target.Target) -> IRModule:
         transform.DeadCodeElimination(),
         transform.ConvertLayout(LAYOUTS),
         fold_transposes,
+        # no constants that happen to be equal become one: kernels would depend on their values
+        transform.CanonicalizeBindings(),
         # an input with two uses is transposed twice
         transform.EliminateCommonSubexpr(),
         transform.CanonicalizeBindings(),
         transform.FoldConstant(),
         transform.DeadCodeElimination(),
         vectorise_groups,
-        transform.LegalizeOps({CONV2D.name: conv2d(target), ASTYPE.name: astype}),
+        *integers,
+        transform.LegalizeOps(legalisations),
         transform.AnnotateTIROpPattern(),
         transform.FoldConstant(),
         transform.FuseOps(),
@@ -139,10 +151,13 @@ def kernels_of(mod: IRModule, *, batch: int, target: tvm.target.Target) -> list[
     """The `kernels` that a canonical module is lowered to, each with the name of its convolution, None if it has none.
 
     Not the order tells which is which: a convolution into which a residual addition is fused comes after those of the
-    other branch. So the module is lowered with weights that number the convolutions.
+    other branch. So the module is lowered with weights that number the convolutions. Its grids do not matter, and some
+    may be missing.
     """
     names = [binding.var.name for binding in bindings(mod["main"]) if is_site(binding.value)]
-    found = _calls(lower(_rewrite_main(mod, _Marker), batch=batch, target=target))
+    grids = dict.fromkeys(operand_formats(mod["main"]), PLACEHOLDER)
+    marked = with_grids(_rewrite_main(mod, _Marker), grids) if grids else _rewrite_main(mod, _Marker)
+    found = _calls(lower(marked, batch=batch, target=target))
     return [(kernel, names[_mark(constants)] if kernel.is_conv else None) for kernel, constants in found]
 
 
@@ -160,9 +175,12 @@ class _Marker(PyExprMutator):
         if not is_site(value):
             return super().visit_var_binding_(binding)
         format = self.formats.get(binding.var.name, FORMATS[FLOAT32])
-        bits = np.array(MARKS[format.name] + self.number, f"uint{8 * format.bytes}")
+        first, step = MARKS[format.name]
+        type = np.dtype(FLOAT32) if format.whole else format.type
+        mark = np.array(first + step * self.number, f"uint{8 * type.itemsize}").view(type).astype(FLOAT32)
         self.number += 1
-        weight = np.full([int(extent) for extent in value.args[1].ty.shape], bits.view(format.type), "float32")
+        shape = [int(extent) for extent in value.args[1].ty.shape]
+        weight = np.full(shape, mark * LARGEST if format.whole else mark, FLOAT32)
         call = relax.Call(value.op, [value.args[0], relax.const(weight)], value.attrs, ret_ty=value.ty)
         super().visit_var_binding_(relax.VarBinding(binding.var, call))
         return None
@@ -173,11 +191,11 @@ def _mark(constants: list[np.ndarray]) -> int:
     numbers = []
     for constant in constants:
         format = FORMATS.get(format_kept(str(constant.dtype)))
-        if format is None:
+        if format is None or format.whole:
             continue
-        bits = f"uint{8 * format.bytes}"
-        largest = int(constant.max(initial=0).astype(constant.dtype).view(bits)) - MARKS[format.name]
-        numbers += [largest] if largest >= 0 else []
+        bits = int(constant.max(initial=0).astype(constant.dtype).view(f"uint{8 * format.bytes}"))
+        marks = [MARKS["int8"]] if format.name == FLOAT32 and bits >= MARKS["int8"][0] else [MARKS[format.name]]
+        numbers += [(bits - first) // step for first, step in marks if bits >= first]
     [number] = numbers
     return number
 

@@ -22,7 +22,8 @@ from tvm.s_tir.meta_schedule.postproc import RewriteLayout
 
 from tvm_lowrank.codegen import ahead, tiles, units
 from tvm_lowrank.codegen.blocks import call, put
-from tvm_lowrank.codegen.rounding import ROUNDED, format_kept
+from tvm_lowrank.codegen.kept import format_kept
+from tvm_lowrank.codegen.rounding import ROUNDED
 from tvm_lowrank.formats import FLOAT32
 
 logger = logging.getLogger(__name__)

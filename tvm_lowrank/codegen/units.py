@@ -1,4 +1,4 @@
-"""Dot products: instructions that multiply operands of a half-precision format, and add the products up in float32.
+"""Dot products: instructions that multiply operands of a format, and add the products up in float32 or int32.
 
 TVM's types have no vectors of bfloat16 that reach LLVM: they would become float32 on the way. So such operands are kept
 as their bits (uint16), and an instruction is a small function in LLVM IR that the code generator inlines.
@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import tvm
 from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as T
 
+from tvm_lowrank.codegen.kept import widened
 from tvm_lowrank.formats import FLOAT32, FORMATS, Format
 
 
@@ -28,9 +30,9 @@ def inlined(target: tvm.target.Target, group: int) -> str:
 class Unit:
     """An instruction for dot products of a format.
 
-    It adds to each of ``lanes`` float32 numbers ``depth`` products: of ``depth`` numbers that are the same for all
-    lanes, and of ``depth`` for each lane. One that has ``rows`` does so for up to as many positions at once, and with
-    up to ``steps`` times as many products (see `tvm_lowrank.codegen.tiles`).
+    It adds to each of ``lanes`` float32 (or int32) numbers ``depth`` products: of ``depth`` numbers that are the same
+    for all lanes, and of ``depth`` for each lane. One that has ``rows`` does so for up to as many positions at once,
+    and with up to ``steps`` times as many products (see `tvm_lowrank.codegen.tiles`).
 
     Attributes
     ----------
@@ -42,6 +44,8 @@ class Unit:
         LLVM's name of it.
     element
         LLVM's type of an operand.
+    left, right, sums
+        How the numbers for all lanes are kept, those for each lane, and what is added up.
     """
 
     name: str
@@ -53,6 +57,9 @@ class Unit:
     depth: int
     rows: int = 1
     steps: int = 1
+    left: str = "uint16"
+    right: str = "uint16"
+    sums: str = "float32"
 
     @property
     def function(self) -> str:
@@ -63,7 +70,7 @@ class Unit:
         """The function in LLVM IR. It is inlined only where its processor and features are those of its caller."""
         count = self.lanes * self.depth
         accumulators, words, operands = (
-            f"<{self.lanes} x float>",
+            f"<{self.lanes} x {'float' if self.sums == FLOAT32 else 'i32'}>",
             f"<{self.lanes} x i32>",
             f"<{count} x {self.element}>",
         )
@@ -111,6 +118,56 @@ UNITS = {
             depth=2,
             rows=16,
             steps=16,
+        ),
+        Unit(
+            name="avx512_vnni",
+            format="int8",
+            features=frozenset({"avx512vnni"}),
+            instruction="llvm.x86.avx512.vpdpbusd.512",
+            element="i8",
+            lanes=16,
+            depth=4,
+            left="uint8",
+            right="int8",
+            sums="int32",
+        ),
+        Unit(
+            name="avx_vnni",
+            format="int8",
+            features=frozenset({"avxvnni"}),
+            instruction="llvm.x86.avx512.vpdpbusd.256",
+            element="i8",
+            lanes=8,
+            depth=4,
+            left="uint8",
+            right="int8",
+            sums="int32",
+        ),
+        Unit(
+            name="amx_int8",
+            format="int8",
+            features=frozenset({"amx-int8", "amx-tile"}),
+            instruction="llvm.x86.tdpbusd",
+            element="i8",
+            lanes=16,
+            depth=4,
+            rows=16,
+            steps=16,
+            left="uint8",
+            right="int8",
+            sums="int32",
+        ),
+        Unit(
+            name="arm_dotprod",
+            format="int8",
+            features=frozenset({"dotprod", "neon"}),
+            instruction="llvm.aarch64.neon.sdot.v4i32.v16i8",
+            element="i8",
+            lanes=4,
+            depth=4,
+            left="int8",
+            right="int8",
+            sums="int32",
         ),
     )
 }
@@ -175,9 +232,14 @@ ARITHMETIC = {"fullfp16": "float16", "avx512fp16": "float16"}
 
 
 def units_of(target: tvm.target.Target) -> list[Unit]:
-    """Those that a target's processor has."""
+    """Those that a target's processor has; of instructions that differ in their lanes only, the widest."""
     features = set(map(str, tvm.target.codegen.llvm_get_cpu_features(target)))
-    return [unit for unit in UNITS.values() if unit.features <= features]
+    widest: dict[tuple[str, int], Unit] = {}
+    for unit in UNITS.values():
+        alike = widest.get((unit.format, unit.rows))
+        if unit.features <= features and (alike is None or unit.lanes > alike.lanes):
+            widest[unit.format, unit.rows] = unit
+    return list(widest.values())
 
 
 def usable(units: Iterable[Unit], format: str, *, inner: int, groups: int) -> list[Unit]:
@@ -212,13 +274,16 @@ def tensor_intrin(name: str) -> str:
     """The name of TVM's intrinsic for a unit, which is registered."""
     unit = UNITS[name]
     lanes, depth, function = unit.lanes, unit.depth, unit.function
-    vector, words, right = f"float32x{lanes}", f"int32x{lanes}", f"uint16x{lanes * depth}"
+    left, right, sums = unit.left, unit.right, unit.sums
+
+    def product(a: Any, b: Any) -> Any:
+        return widened(a, unit.format) * widened(b, unit.format)
 
     @T.prim_func(s_tir=True)
     def description(
-        A: T.Buffer((depth,), "uint16", offset_factor=1),
-        B: T.Buffer((lanes, depth), "uint16", offset_factor=1),
-        C: T.Buffer((lanes,), "float32", offset_factor=1),
+        A: T.Buffer((depth,), left, offset_factor=1),
+        B: T.Buffer((lanes, depth), right, offset_factor=1),
+        C: T.Buffer((lanes,), sums, offset_factor=1),
     ) -> None:
         with T.sblock("root"):
             T.reads(C[0:lanes], A[0:depth], B[0:lanes, 0:depth])
@@ -227,26 +292,24 @@ def tensor_intrin(name: str) -> str:
                 for k in T.serial(0, depth):
                     with T.sblock("update"):
                         lane, step = T.axis.remap("SR", [i, k])
-                        C[lane] = C[lane] + T.reinterpret(
-                            T.shift_left(T.cast(A[step], "uint32"), T.uint32(16)), dtype="float32"
-                        ) * T.reinterpret(T.shift_left(T.cast(B[lane, step], "uint32"), T.uint32(16)), dtype="float32")
+                        C[lane] = C[lane] + product(A[step], B[lane, step])
 
     @T.prim_func(s_tir=True)
     def implementation(
-        A: T.Buffer((depth,), "uint16", offset_factor=1),
-        B: T.Buffer((lanes, depth), "uint16", offset_factor=1),
-        C: T.Buffer((lanes,), "float32", offset_factor=1),
+        A: T.Buffer((depth,), left, offset_factor=1),
+        B: T.Buffer((lanes, depth), right, offset_factor=1),
+        C: T.Buffer((lanes,), sums, offset_factor=1),
     ) -> None:
         with T.sblock("root"):
             T.reads(C[0:lanes], A[0:depth], B[0:lanes, 0:depth])
             T.writes(C[0:lanes])
-            word = T.reinterpret(A.vload([0], f"uint16x{depth}"), dtype="int32")
+            word = T.reinterpret(A.vload([0], f"{left}x{depth}"), dtype="int32")
             C[T.ramp(T.int32(0), 1, lanes)] = T.call_extern(
                 function,
-                C.vload([0], dtype=vector),
+                C.vload([0], dtype=f"{sums}x{lanes}"),
                 T.broadcast(word, lanes),
-                T.reinterpret(B.vload([0, 0], dtype=right), dtype=words),
-                dtype=vector,
+                T.reinterpret(B.vload([0, 0], dtype=f"{right}x{lanes * depth}"), dtype=f"int32x{lanes}"),
+                dtype=f"{sums}x{lanes}",
             )
 
     intrinsic = f"tvm_lowrank.{name}"

@@ -19,7 +19,9 @@ from tvm.ir import GenericConst, IRModule, Op
 from tvm.relax.analysis import free_vars
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
-from tvm_lowrank.codegen.rounding import constant, widened
+from tvm_lowrank.codegen.integers import zero_of
+from tvm_lowrank.codegen.kept import BYTES, SUMS, widened
+from tvm_lowrank.codegen.rounding import constant
 from tvm_lowrank.codegen.schedule import (
     DILATIONS,
     FORMAT,
@@ -34,6 +36,7 @@ from tvm_lowrank.codegen.units import Unit, depth_of, lanes_of, units_of, usable
 from tvm_lowrank.formats import FLOAT32, FORMATS
 
 CONV2D = Op.get("relax.nn.conv2d")
+WHOLE = "int8"  # the format of bytes
 FUSES_ELEMENTWISE = 4  # OpPatternKind kOutEWiseFusable
 
 
@@ -71,6 +74,42 @@ def conv2d(target: tvm.target.Target) -> Callable[[relax.BlockBuilder, relax.Cal
         return _call(builder, compute, data, padded)
 
     return legalise
+
+
+def integer_convolutions(target: tvm.target.Target) -> tvm.transform.Pass:
+    """The legalisation of convolutions of bytes, while it can be seen with which zero they are padded."""
+    lanes, present = target_lanes(target), units_of(target)
+
+    @tvm.transform.module_pass(opt_level=0, name="IntegerConvolutions")
+    def legalise(mod: IRModule, _context: tvm.transform.PassContext) -> IRModule:
+        rewriter = _Integers(mod, mod["main"], lanes, present)
+        changed = IRModule(dict(mod.functions_items()), attrs=mod.attrs)
+        function = rewriter.visit_expr(mod["main"])
+        changed = rewriter.builder_.get()
+        changed.update_func(changed.get_global_var("main"), function)
+        return changed
+
+    return legalise
+
+
+@mutator
+class _Integers(PyExprMutator):
+    def __init__(self, mod: IRModule, function: relax.Function, lanes: int, present: Sequence[Unit]) -> None:
+        super().__init__(mod)
+        self.function, self.lanes, self.present = function, lanes, present
+
+    def visit_call_(self, op: relax.Call) -> relax.Expr:
+        call = super().visit_call_(op)
+        if op.op != CONV2D or str(op.args[0].ty.dtype) not in BYTES:
+            return call
+        inner, groups = int(op.args[1].ty.shape[2]), int(op.attrs.groups)
+        units = usable(self.present, WHOLE, inner=inner, groups=groups)
+        weight, zero = _filled(op, self.lanes, depth_of(units)), zero_of(self.function, op.args[0])
+        if inner == 1:  # products of bytes, and a few of them, are exact in float32, of which there are fast kernels
+            weight = _constant(weight.value.numpy().astype(FLOAT32))
+        assert zero is not None
+        compute = partial(_rounded, op, WHOLE, units)
+        return _call(self.builder_, compute, call.args[0], weight, zero)
 
 
 @tvm.transform.module_pass(opt_level=0, name="VectoriseGroups")
@@ -173,12 +212,20 @@ def _filled(call: relax.Call, lanes: int, depth: int) -> GenericConst:
     return constant(np.pad(array, [(0, 0), (0, 0), (0, -inner % depth), (0, missing)]))
 
 
-def _rounded(call: relax.Call, format: str, units: Sequence[Unit], x: te.Tensor, weight: te.Tensor) -> te.Tensor:
-    """Convolution of operands in half precision, added up in float32.
+def _rounded(
+    call: relax.Call,
+    format: str,
+    units: Sequence[Unit],
+    x: te.Tensor,
+    weight: te.Tensor,
+    zero: te.Tensor | None = None,
+) -> te.Tensor:
+    """Convolution of operands in half precision, added up in float32, or of bytes, in int32.
 
-    The innermost axis is that of a dot product; in formats that add up some products themselves, what they add up is a
-    block of its own.
+    Bytes are padded with their ``zero``. The innermost axis is that of a dot product; in formats that add up some
+    products themselves, what they add up is a block of its own.
     """
+    exact = format == WHOLE and str(weight.dtype) == FLOAT32
     groups, geometry = int(call.attrs.groups), _geometry(call)
     (stride, column_stride), (dilation, column_dilation) = geometry["strides"], geometry["dilation"]
     top, left, bottom, right = geometry["padding"]
@@ -187,7 +234,8 @@ def _rounded(call: relax.Call, format: str, units: Sequence[Unit], x: te.Tensor,
     padded = x
     if any((top, left, bottom, right, missing)):
         after = (0, bottom, right, missing)
-        padded = topi.nn.pad(x, (0, top, left, 0), after, tirx.const(0, x.dtype), "pad_temp")
+        blank = tirx.const(0, x.dtype) if zero is None else zero[0, 0, 0, 0].astype(x.dtype)
+        padded = topi.nn.pad(x, (0, top, left, 0), after, blank, "pad_temp")
     shape = [int(extent) for extent in call.ty.shape]
 
     def operands(at: Sequence[Any], row: Any, column: Any, channel: Any) -> tuple[Any, Any]:
@@ -202,7 +250,10 @@ def _rounded(call: relax.Call, format: str, units: Sequence[Unit], x: te.Tensor,
 
         def product(*at: Any) -> Any:
             one, other = operands(at, rows, columns, steps * depth + inside)
-            value = one * other if whole else widened(one, format) * widened(other, format)
+            if exact:
+                value = one.astype(FLOAT32) * other
+            else:
+                value = one * other if whole else widened(one, format) * widened(other, format)
             return te.sum(value, axis=[rows, columns, steps, inside])
 
         attrs = {
@@ -212,9 +263,9 @@ def _rounded(call: relax.Call, format: str, units: Sequence[Unit], x: te.Tensor,
             DILATIONS: f"{dilation},{column_dilation}",
         }
         sums = te.compute((*shape[:-1], computed), product, name="conv2d_nhwc", attrs=attrs)
-        if not whole:
+        if not (whole or exact):
             return sums
-        return te.compute(sums.shape, lambda *at: sums[at].astype(FLOAT32), name="widened")
+        return te.compute(sums.shape, lambda *at: sums[at].astype(SUMS if exact else FLOAT32), name="widened")
 
     def in_blocks(most: int) -> te.Tensor:
         block = largest_divisor(inner, max(1, most // width))
@@ -257,7 +308,7 @@ def _constant(array: np.ndarray) -> GenericConst:
 
 
 def _call(
-    builder: relax.BlockBuilder, compute: Callable[..., te.Tensor], data: relax.Expr, weight: GenericConst
+    builder: relax.BlockBuilder, compute: Callable[..., te.Tensor], data: relax.Expr, *constants: GenericConst
 ) -> relax.Expr:
     attributes = {"op_pattern": FUSES_ELEMENTWISE}
-    return builder.call_te(compute, data, weight, primfunc_name_hint="conv2d", primfunc_attrs=attributes)
+    return builder.call_te(compute, data, *constants, primfunc_name_hint="conv2d", primfunc_attrs=attributes)
