@@ -194,7 +194,7 @@ class Networks:
                 sites,
                 plan,
                 known.sampled,
-                known.targets,
+                known.targets(self._check),
                 fisher=known.fisher,
                 known=known.weights,
                 start=start,

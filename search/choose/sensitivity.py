@@ -82,6 +82,7 @@ class Sensitivity:
         self._methods, self._lanes, self._synthetic = methods, lanes, synthetic
         self._share, self._wanted = share, None if examined is None else set(examined)
         self.folder = folder
+        self._targets: Targets | None = None
         self._kept: Shelf[Factors] = Shelf(folder)
         self._chains: Shelf[Chain] = Shelf(folder)  # of candidates that were decomposed by themselves
         self._to_probe: Shelf[Chain] = Shelf(folder)  # likewise, but they depend on what was factorised beside them
@@ -118,13 +119,22 @@ class Sensitivity:
         give_back()
         return shelf
 
-    @cached_property
-    def targets(self) -> Targets:
-        """What the dense network computes at every examined site, for the refit."""
-        with console.progress("targets of the refit", len(self.sampled)) as advance:
-            return dense_outputs(
-                self._bridge, self._examined, self.sampled, seed=self.seed, folder=self.folder, advance=advance
-            )
+    def targets(self, check: Callable[[], None]) -> Targets:
+        """What the dense network computes at every examined site, for the refit.
+
+        ``check`` is called after each batch of images, and may end the work by raising.
+        """
+        if self._targets is None:
+            with console.progress("targets of the refit", len(self.sampled)) as advance:
+
+                def done(images: int) -> None:
+                    advance(images)
+                    check()
+
+                self._targets = dense_outputs(
+                    self._bridge, self._examined, self.sampled, seed=self.seed, folder=self.folder, advance=done
+                )
+        return self._targets
 
     def factors(self, name: str, method: str) -> Factors:
         """The factorisation of a site; where others start from what it has solved, it was kept."""
