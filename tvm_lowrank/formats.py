@@ -84,7 +84,8 @@ LARGEST = 127  # absolute whole number of a weight
 class Grid:
     """The numbers that a tensor of int8 holds: ``scale`` times (q - ``zero``), where q is from 0 to 255.
 
-    The scale is a float32 number, and zero is one of the q, so that 0 is held exactly.
+    The scale is a float32 number, and zero is one of the q, so that 0 is held exactly; an even one, so that rounding to
+    even is the same with it and without.
     """
 
     scale: float
@@ -95,7 +96,7 @@ class Grid:
         """The finest grid that reaches about from ``low`` to ``high``, and has 0."""
         low, high = min(low, 0.0), max(high, 0.0)
         scale = np.float32(max((high - low) / LEVELS, float(np.finfo(np.float32).tiny)))
-        return cls(float(scale), int(np.clip(round(-low / float(scale)), 0, LEVELS)))
+        return cls(float(scale), 2 * int(np.clip(round(-low / float(scale) / 2), 0, LEVELS // 2)))
 
     @property
     def inverse(self) -> float:

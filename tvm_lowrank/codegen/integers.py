@@ -3,6 +3,9 @@
 Whole numbers q of a grid are kept as bytes: q itself, or q - 128 where the processor multiplies signed ones. Scales and
 zeros are operands of the kernels, so that one kernel serves all grids. Each product in float32 is rounded by itself, as
 it is in PyTorch; the compiler would otherwise add what follows in the same step.
+
+A number is rounded by an addition: float32 has whole numbers only from 2²³ to 2²⁴ (`ROUNDING` is in the middle), and
+the lowest byte of the sum is the one that is wanted.
 """
 
 from __future__ import annotations
@@ -11,17 +14,16 @@ from typing import Any
 
 import numpy as np
 import tvm
-from tvm import relax, te, tirx, topi
+from tvm import relax
 from tvm.ir import GenericConst, Op, Tuple
 
-from tvm_lowrank.codegen.kept import BYTES, SUMS
+from tvm_lowrank.codegen.kept import BYTES, ROUNDING, SUMS
 from tvm_lowrank.codegen.units import units_of
-from tvm_lowrank.formats import FLOAT32, Grid, quantised
+from tvm_lowrank.formats import FLOAT32, LEVELS, Grid, quantised
 from tvm_lowrank.methods import ConvSpec
 from tvm_lowrank.precision import CHOOSING
 
 LEAST = float(np.finfo(np.float32).min)
-ELEMENTWISE, BROADCAST = 0, 1  # OpPatternKind
 ADD, ASTYPE, PERMUTE_DIMS = (Op.get(f"relax.{name}") for name in ("add", "astype", "permute_dims"))
 
 
@@ -34,15 +36,17 @@ def whole(builder: relax.BlockBuilder, value: relax.Expr, grid: Grid, byte: str)
     """A float32 value as bytes: the nearest whole numbers of a grid."""
     rank = len(value.ty.shape)
     steps = builder.emit(relax.op.multiply(value, _each(grid.inverse, rank)))
-    nearest = builder.emit(relax.op.round(steps))
-    return builder.emit(relax.op.astype(relax.op.add(nearest, _each(_zero(grid, byte), rank)), byte))
+    below = builder.emit(relax.op.minimum(steps, _each(LEVELS - grid.zero, rank)))
+    within = builder.emit(relax.op.maximum(below, _each(-grid.zero, rank)))
+    nearest = builder.emit(relax.op.add(within, _each(ROUNDING + _zero(grid, byte), rank)))
+    return builder.emit(relax.op.astype(nearest, byte))
 
 
 def numbers(builder: relax.BlockBuilder, bytes: relax.Expr, grid: Grid) -> relax.Call:
     """Bytes as the float32 numbers of their grid."""
     rank, byte = len(bytes.ty.shape), str(bytes.ty.dtype)
     steps = relax.op.subtract(relax.op.astype(bytes, FLOAT32), _each(_zero(grid, byte), rank))
-    return relax.op.multiply(builder.emit(steps), _each(grid.scale, rank))
+    return _rounded(builder, builder.emit(steps), _each(grid.scale, rank))
 
 
 def convolution(
@@ -58,11 +62,11 @@ def convolution(
     excess = -_zero(grid, byte) * quanta.astype(SUMS).sum(axis=(1, 2, 3))
     exact = builder.emit(relax.op.add(sums, _by_channel(excess.astype(SUMS), layout)))
     products = builder.emit(relax.op.astype(exact, FLOAT32))
-    return relax.op.multiply(products, _by_channel(scales * np.float32(grid.scale), layout))
+    return _rounded(builder, products, _by_channel(scales * np.float32(grid.scale), layout))
 
 
 def zero_of(function: relax.Function, bytes: relax.Var) -> GenericConst | None:
-    """The number, in a tensor, that was added to what became these bytes: their zero; None if they are others."""
+    """What was added to become these bytes, in a tensor: `ROUNDING` and their zero; None if they are others."""
     values = {b.var: b.value for block in function.body.blocks for b in block.bindings}
     value: Any = values.get(bytes)
     while True:
@@ -77,30 +81,9 @@ def zero_of(function: relax.Function, bytes: relax.Var) -> GenericConst | None:
     return value.args[1] if added else None
 
 
-def multiply(builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
-    """The legalisation of multiply: each product is rounded by itself."""
-
-    def compute(a: Any, b: Any) -> te.Tensor:
-        product = topi.multiply(a, b)
-        if str(product.dtype) != FLOAT32:
-            return product
-        # a maximum stands between it and an addition
-        return te.compute(product.shape, lambda *at: tirx.max(product[at], tirx.const(LEAST, FLOAT32)), name="rounded")
-
-    shapes = [list(arg.ty.shape) for arg in (call, *call.args)]
-    pattern = ELEMENTWISE if shapes[0] in shapes[1:] else BROADCAST
-    return builder.call_te(compute, *call.args, primfunc_name_hint="multiply", primfunc_attrs={"op_pattern": pattern})
-
-
-def nearest(builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
-    """The legalisation of round: to even at ties."""
-
-    def compute(x: te.Tensor) -> te.Tensor:
-        return te.compute(x.shape, lambda *at: tirx.nearbyint(x[at]), name="nearest")
-
-    return builder.call_te(
-        compute, call.args[0], primfunc_name_hint="round", primfunc_attrs={"op_pattern": ELEMENTWISE}
-    )
+def _rounded(builder: relax.BlockBuilder, a: relax.Expr, b: relax.Expr) -> relax.Call:
+    """A product, rounded: a maximum stands between it and an addition."""
+    return relax.op.maximum(builder.emit(relax.op.multiply(a, b)), relax.const(LEAST, FLOAT32))
 
 
 def _zero(grid: Grid, byte: str) -> int:

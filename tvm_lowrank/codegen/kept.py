@@ -13,6 +13,7 @@ from tvm_lowrank.formats import FLOAT32
 BITS = {"bfloat16": "uint16"}  # formats of which the code generator has no vectors: their bits are kept
 BYTES = {"uint8": (0, 255), "int8": (-128, 127)}  # types of whole numbers, and what they reach
 SUMS = "int32"  # of products of bytes
+ROUNDING = 1.5 * 2**23  # float32 numbers near it are whole
 
 
 def kept(format: str) -> str:
@@ -52,7 +53,6 @@ def as_kept(array: np.ndarray, type: str) -> np.ndarray:
     return array.astype(format_kept(type)).view(type)
 
 
-def saturated(value: Any, byte: str) -> Any:
-    """A whole float32 number as a byte; the nearest there is, where it is none."""
-    low, high = (tirx.const(bound, FLOAT32) for bound in BYTES[byte])
-    return tirx.max(tirx.min(value, high), low).astype(byte)
+def lowest_byte(value: Any, byte: str) -> Any:
+    """The whole number that was added to `ROUNDING`, as a byte."""
+    return tirx.reinterpret("int32", value).astype(byte)

@@ -21,7 +21,6 @@ from tvm.tirx import PrimFunc
 from tvm_ffi import structural_hash
 
 from tvm_lowrank.codegen import schedule
-from tvm_lowrank.codegen.integers import multiply, nearest
 from tvm_lowrank.codegen.kept import format_kept
 from tvm_lowrank.codegen.rounding import ASTYPE, astype, round_operands
 from tvm_lowrank.codegen.schedule import Tiling
@@ -35,13 +34,12 @@ LOWERING_VERSION = 5
 
 CALL_TIR = Op.get("relax.call_tir")
 PERMUTE_DIMS = Op.get("relax.permute_dims")
-MULTIPLY, ROUND = Op.get("relax.multiply"), Op.get("relax.round")
 CLIP = Op.get("relax.clip")
 LAYOUTS = {"relax.nn.conv2d": ["NHWC", "HWIO"], "relax.nn.conv2d_transpose": ["NCHW", "IOHW"]}
 CONV_BLOCK = "conv2d_n"  # conv2d_nhwc, group_conv2d_nhwc, conv2d_nchw; not conv2d_transpose
 # weights that number the convolutions are larger than any others: the bits of the first one in each format, and how far
 # the next one is; in int8 it is their scale, for which there are fewer bits
-MARKS = {"float32": (0x49800000, 1), "bfloat16": (0x6000, 1), "float16": (0x7800, 1), "int8": (0x4E800000, 1024)}
+MARKS = {"float32": (0x4D800000, 1), "bfloat16": (0x6000, 1), "float16": (0x7800, 1), "int8": (0x4E800000, 1024)}
 KEPT_ATTRIBUTES = ("layout_free_buffers", "tirx.noalias")
 
 
@@ -70,7 +68,6 @@ def lower(mod: IRModule, *, batch: int, target: tvm.target.Target) -> IRModule:
     legalisations = {CONV2D.name: conv2d(target), ASTYPE.name: astype}
     integers: list[tvm.transform.Pass] = []
     if any(format.whole for format in operand_formats(mod["main"]).values()):
-        legalisations |= {MULTIPLY.name: multiply, ROUND.name: nearest}
         integers = [integer_convolutions(target)]
     passes = [
         round_operands(target),

@@ -12,7 +12,7 @@ from tvm.ir import GenericConst, IRModule, Op
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from tvm_lowrank.codegen.integers import byte_of, convolution, numbers, whole
-from tvm_lowrank.codegen.kept import BITS, BYTES, format_kept, kept, narrowed, saturated, widened
+from tvm_lowrank.codegen.kept import BITS, BYTES, format_kept, kept, lowest_byte, narrowed, widened
 from tvm_lowrank.formats import FLOAT32
 from tvm_lowrank.graph import conv_spec, is_site, oihw
 from tvm_lowrank.precision import Kept, chooses, kept_operands, operand_formats, stored
@@ -133,10 +133,10 @@ def astype(builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
     given = format_kept(str(value.ty.dtype))
     if to in BYTES and given == FLOAT32:
 
-        def saturate(x: te.Tensor) -> te.Tensor:
-            return te.compute(x.shape, lambda *at: saturated(x[at], to), name="saturated")
+        def byte(x: te.Tensor) -> te.Tensor:
+            return te.compute(x.shape, lambda *at: lowest_byte(x[at], to), name="lowest_byte")
 
-        return builder.call_te(saturate, value, primfunc_name_hint="astype", primfunc_attrs={"op_pattern": ELEMENTWISE})
+        return builder.call_te(byte, value, primfunc_name_hint="astype", primfunc_attrs={"op_pattern": ELEMENTWISE})
     if not {given, to} & set(BITS):
         return ASTYPE.get_attr("FLegalize")(builder, call)
 

@@ -20,7 +20,7 @@ from tvm.relax.analysis import free_vars
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from tvm_lowrank.codegen.integers import zero_of
-from tvm_lowrank.codegen.kept import BYTES, SUMS, widened
+from tvm_lowrank.codegen.kept import BYTES, SUMS, lowest_byte, widened
 from tvm_lowrank.codegen.rounding import constant
 from tvm_lowrank.codegen.schedule import (
     DILATIONS,
@@ -234,7 +234,7 @@ def _rounded(
     padded = x
     if any((top, left, bottom, right, missing)):
         after = (0, bottom, right, missing)
-        blank = tirx.const(0, x.dtype) if zero is None else zero[0, 0, 0, 0].astype(x.dtype)
+        blank = tirx.const(0, x.dtype) if zero is None else lowest_byte(zero[0, 0, 0, 0], x.dtype)
         padded = topi.nn.pad(x, (0, top, left, 0), after, blank, "pad_temp")
     shape = [int(extent) for extent in call.ty.shape]
 
