@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 from tvm import relax
 from tvm.ir import Call, IRModule, Op
 
-from tvm_lowrank.formats import FLOAT32, FORMATS, Format, Grid
+from tvm_lowrank.formats import FLOAT32, FORMATS, LARGEST, LEVELS, Format, Grid
 from tvm_lowrank.graph import bindings, chain_of, conv_spec, is_site, with_attribute
 from tvm_lowrank.methods import ConvSpec
 
@@ -55,13 +56,19 @@ def applies(spec: ConvSpec) -> bool:
     return spec.groups == 1 or inside == outside == 1 or min(inside, outside) >= NARROW
 
 
-def possible(spec: ConvSpec, formats: Sequence[str], largest: float = 0.0) -> Sequence[str]:
+def possible(spec: ConvSpec, formats: Sequence[str], largest: float = 0.0, *, gridded: bool = True) -> Sequence[str]:
     """Those of the formats, by name, in which a convolution may be computed; float32 if there are none.
 
-    ``largest`` is the largest absolute value among its operands, if that is known.
+    ``largest`` is the largest absolute value among its operands, if that is known; ``gridded`` says whether there is a
+    grid for what it reads.
     """
-    found = [format for format in formats if applies(spec) and largest <= FORMATS[format].largest]
-    return found or (FLOAT32,)
+    most = prod(spec.weight_shape[1:]) * LEVELS * LARGEST  # of a sum of products of bytes
+    whole = gridded and most < 2**31
+
+    def fits(format: Format) -> bool:
+        return applies(spec) and (whole if format.whole else largest <= format.largest)
+
+    return [format for format in formats if fits(FORMATS[format])] or (FLOAT32,)
 
 
 def operand_formats(function: relax.Function) -> dict[str, Format]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -30,10 +30,11 @@ from tvm_lowrank.data.metric import INTERVAL, Metric
 from tvm_lowrank.data.splits import Splits
 from tvm_lowrank.errors import TimeUp
 from tvm_lowrank.formats import FLOAT32, FORMATS
-from tvm_lowrank.graph import Site, find_sites
+from tvm_lowrank.graph import find_sites
 from tvm_lowrank.plan import Choice, Plan
-from tvm_lowrank.precision import possible, with_formats
+from tvm_lowrank.precision import grids_of, with_formats
 from tvm_lowrank.searching.choose.allocate import Option, allocate
+from tvm_lowrank.searching.choose.allowed import Allowed
 from tvm_lowrank.searching.choose.drops import LEFT, Counted, Rate, Recovery
 from tvm_lowrank.searching.choose.forecast import (
     DAMAGE,
@@ -217,33 +218,25 @@ class Search:
             rounding = {
                 format: self.sensitivity.rounding(self.journal, format, names)
                 for format in self.settings.formats
-                if format != FLOAT32 and (names := [site.id for site in self.sites if format in self.formats(site)])
+                if format != FLOAT32 and (names := [site.id for site in self.sites if format in self.allowed(site)])
             }
             self.damage = {
                 site.id: {
                     replace(choice, format=format): nats + rounding.get(format, {}).get(site.id, 0.0)
-                    for format in self.formats(site)
+                    for format in self.allowed(site)
                     for choice, nats in {Choice(): 0.0, **found[site.id]}.items()
                 }
                 for site in self.sites
                 if site.id in found
             }
 
-    def formats(self, site: Site) -> Sequence[str]:
-        """The formats in which a site may be computed, and that hold what it reads on the calibration images."""
-        return possible(site.spec, self.settings.formats, self._largest.get(site.id, 0.0))
-
-    def too_large(self, site: Site) -> str:
-        """What keeps a site out of formats that were allowed, in a few words; "" if nothing does."""
-        absent = set(possible(site.spec, self.settings.formats)) - set(self.formats(site))
-        names = ", ".join(sorted(absent))
-        return f"its operands reach {self._largest[site.id]:.3g}, too much for {names}" if absent else ""
-
     @cached_property
-    def _largest(self) -> dict[str, float]:
-        """The largest operand of each site, where there is a format that may be too short for it."""
-        short = any(FORMATS[format].short for format in self.settings.formats)
-        return self.sensitivity.largest(self.journal) if short else {}
+    def allowed(self) -> Allowed:
+        """The formats in which the sites may be computed."""
+        formats = self.settings.formats
+        short = any(FORMATS[format].short for format in formats)
+        largest = self.sensitivity.largest(self.journal) if short else {}
+        return Allowed(formats, largest, grids_of(self.mod["main"]))
 
     @cached_property
     def dense(self) -> Plan:
@@ -251,7 +244,7 @@ class Search:
 
         def find() -> str:
             with console.timed(self.seconds, KERNELS):
-                return self.times.fastest_dense(self.formats).to_json()
+                return self.times.fastest_dense(self.allowed).to_json()
 
         return Plan.from_json(self.journal.once("formats", "dense", find))
 

@@ -17,7 +17,8 @@ from tvm_lowrank.graph import Site
 from tvm_lowrank.methods import METHODS
 from tvm_lowrank.options import BundleOptions
 from tvm_lowrank.plan import Choice, Plan
-from tvm_lowrank.precision import possible, with_formats
+from tvm_lowrank.precision import grids_of, with_formats
+from tvm_lowrank.searching.choose.allowed import Allowed
 from tvm_lowrank.searching.choose.networks import Networks
 from tvm_lowrank.searching.choose.sensitivity import Sensitivity
 from tvm_lowrank.searching.commands.deliver import deliver_plan
@@ -49,8 +50,8 @@ def apply_plan(asked: BundleOptions, given: Mapping[str, Choice] | Path | str, *
         network = _network(inputs, plan, seed=seed, folder=asked.folder)
     with opened(inputs) as (device, oracle, times):
         formats = sorted(set(plan.formats.values())) or ([FLOAT32] if plan else inputs.formats)
-        largest = _largest(inputs, formats, seed)
-        dense = times.fastest_dense(lambda site: possible(site.spec, formats, largest.get(site.id, 0.0)))
+        allowed = Allowed(formats, _largest(inputs, formats, seed), grids_of(inputs.mod["main"]))
+        dense = times.fastest_dense(allowed)
         return deliver_plan(
             plan,
             network,

@@ -326,7 +326,7 @@ def site_entry(
 
 def reason(search: Search, site: Site, choice: Choice) -> str:
     """Why a site became what it is, in one sentence."""
-    return "; ".join(filter(None, [_reason(search, site, choice), search.too_large(site)]))
+    return "; ".join(filter(None, [_reason(search, site, choice), search.allowed.reason(site)]))
 
 
 def _reason(search: Search, site: Site, choice: Choice) -> str:

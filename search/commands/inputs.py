@@ -135,6 +135,9 @@ def _gridded(mod: IRModule, splits: Splits | None, formats: Sequence[str]) -> IR
     if not any(FORMATS[format].whole for format in formats):
         return mod
     images = synthetic_images(mod, 0) if splits is None else splits.calibration
+    if not np.ptp(images[:IMAGES], axis=0).any():
+        console.warn("the calibration images are all alike, and tell no ranges of activations: nothing is in int8")
+        return mod
     with console.progress("ranges of activations", min(IMAGES, len(images))) as advance:
         return calibrated(mod, images, names=[site.id for site in find_sites(mod)], advance=advance)
 

@@ -127,7 +127,7 @@ def _fastest(task: Task) -> Attempt:
         harmless = {
             site.id: {
                 replace(choice, format=format): 0.0
-                for format in search.formats(site)
+                for format in search.allowed(site)
                 for choice in (Choice(), *search.sensitivity.candidates[site.id])
             }
             for site in search.sites

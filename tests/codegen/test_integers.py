@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,14 +14,19 @@ from torch import nn
 from support.lowering_networks import canonical, expected, network, run, sample
 from tvm_lowrank.bridge.grids import calibrated, equalised, least_error
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
+from tvm_lowrank.codegen.link import export_library
 from tvm_lowrank.codegen.lower import build, kernels, kernels_of, lower
 from tvm_lowrank.codegen.schedule import workload
 from tvm_lowrank.codegen.units import UNITS, formats_of, units_of
 from tvm_lowrank.formats import LARGEST, LEVELS, Grid, quantised
 from tvm_lowrank.graph import find_sites
-from tvm_lowrank.methods import decompose
-from tvm_lowrank.precision import grids_of, with_formats, with_grids
+from tvm_lowrank.methods import ConvSpec, decompose
+from tvm_lowrank.options import ConnectionOptions
+from tvm_lowrank.precision import grids_of, possible, with_formats, with_grids
+from tvm_lowrank.searching.choose.allowed import Allowed
 from tvm_lowrank.searching.latency.tiles import register_tiles, variants
+from tvm_lowrank.searching.measure.device import open_device
+from tvm_lowrank.targets.emulate import emulated
 from tvm_lowrank.targets.profile import load_profile
 from tvm_lowrank.transform import replace_sites
 
@@ -221,3 +227,40 @@ def test_channels_between_factors_are_equalised() -> None:
         assert np.allclose(reference(with_formats(equal, {site.id: "float32"}), x), reference(plain, x), atol=1e-4)
         errors = [np.abs(reference(calibrated(own, x), x) - reference(plain, x)).mean() for own in (factored, equal)]
         assert errors[1] < 0.5 * errors[0], (method, errors)
+
+
+@pytest.mark.needs("aarch64-linux-gnu-g++", "qemu-aarch64-static")
+def test_a_network_is_exact_on_arm(tmp_path: Path) -> None:
+    """With signed bytes, and the dot products of a Cortex-A76, emulated."""
+    shape, profile = (16, 12, 10), load_profile("rpi5")
+    net, x = network(Residual()), sample(2, *shape)
+    mod = integers(net, shape, x)
+    lowered = lower(mod, batch=2, target=profile.tvm_target())
+    spaces = [workload(kernel.func) for kernel in kernels(lowered) if kernel.is_conv]
+    assert all(space is not None and space.units == ("arm_dotprod",) for space in spaces)
+    with emulated("aarch64", cache_dir=tmp_path / "cache") as boards:
+        connection = ConnectionOptions(rpc_tracker=f"{boards.host}:{boards.port}", rpc_key=boards.key, emulate=True)
+        with open_device(profile, connection, threads=1, cache_dir=tmp_path / "cache") as device:
+            compiler, options = device.linker
+            executable = build(lowered, {}, profile.tvm_target())
+            export_library(executable, tmp_path / "model.so", cc=compiler, options=options)
+            found = device.model(tmp_path / "model.so", (2, *shape))(x)
+    assert np.array_equal(found, reference(mod, x))
+
+
+def test_what_tells_no_range_stays_in_float32() -> None:
+    """A layer that reads zeros only, or what is no number; and sums that int32 does not hold."""
+    net = network(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 1))
+    with torch.no_grad():
+        net[0].bias.fill_(-1e6)
+    mod, x = canonical(net, (3, 9, 9)), sample(4, 3, 9, 9)
+    first, second, third = find_sites(mod)
+    found = calibrated(mod, x, names=[site.id for site in (first, second, third)])
+    assert set(grids_of(found["main"])) == {first.id, third.id}
+    allowed = Allowed(("float32", "int8"), {}, grids_of(found["main"]))
+    assert list(allowed(first)) == ["float32", "int8"] and list(allowed(second)) == ["float32"]
+    assert "no range for int8" in allowed.reason(second) and not allowed.reason(first)
+    assert not grids_of(calibrated(mod, np.full_like(x, np.nan), names=[first.id])["main"])
+    long = ConvSpec(2**13, 16, (3, 3))
+    assert list(possible(long, ("float32", "int8"))) == ["float32"]
+    assert list(possible(replace(long, kernel=(1, 1)), ("int8",))) == ["int8"]

@@ -237,16 +237,22 @@ def test_intrinsics_are_what_they_are_described_as(unit: Unit) -> None:
 
     intrinsic = TensorIntrin.get(tensor_intrin(unit.name))
     generator = np.random.default_rng(0)
-    a, b = (
-        as_kept(generator.standard_normal(s).astype("float32"), "uint16")
-        for s in (unit.depth, (unit.lanes, unit.depth))
-    )
-    c = generator.standard_normal(unit.lanes).astype("float32")
-    wide = lambda array: (array.astype("uint32") << 16).view("float32")  # noqa: E731
+    whole = FORMATS[unit.format].whole
+
+    def numbers(type: str, *shape: int) -> np.ndarray:
+        if whole:
+            return generator.integers(np.iinfo(type).min, np.iinfo(type).max, shape, type, endpoint=True)
+        return as_kept(generator.standard_normal(shape).astype("float32"), type)
+
+    def wide(array: np.ndarray) -> np.ndarray:
+        return array.astype("int32") if whole else (array.astype("uint32") << 16).view("float32")
+
+    a, b = numbers(unit.left, unit.depth), numbers(unit.right, unit.lanes, unit.depth)
+    c = numbers("int16", unit.lanes).astype("int32") if whole else numbers("float32", unit.lanes)
     library = tvm.compile(tvm.IRModule({"main": intrinsic.desc.with_attr("global_symbol", "main")}), TARGET)
     arguments = [tvm.runtime.tensor(v) for v in (a, b, c)]
     library["main"](*arguments)
-    np.testing.assert_allclose(arguments[2].numpy(), c + wide(b) @ wide(a), rtol=1e-6)
+    np.testing.assert_allclose(arguments[2].numpy(), c + wide(b) @ wide(a), rtol=0 if whole else 1e-6)
 
 
 def test_formats_of_targets() -> None:
@@ -254,9 +260,10 @@ def test_formats_of_targets() -> None:
         return [format.name for format in formats_of(tvm.target.Target(target))]
 
     assert names({"kind": "llvm", "mcpu": "haswell"}) == ["float32"]
-    assert names({"kind": "llvm", "mcpu": "znver4"}) == ["float32", "bfloat16"]
+    assert names({"kind": "llvm", "mcpu": "znver4"}) == ["float32", "bfloat16", "int8"]
     assert names({"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mcpu": "cortex-a72"}) == ["float32"]
-    assert list(load_profile("rpi5").formats) == list(load_profile("android-v8.2").formats) == ["float32", "float16"]
+    for name in ("rpi5", "android-v8.2"):
+        assert set(load_profile(name).formats) == {"float32", "float16", "int8"}
     assert [load_profile(name).formats for name in ("arm", "rpi3", "rpi4", "android")] == [("float32",)] * 4
     arm = {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mattr": ["+bf16", "+neon"]}
     assert "bfloat16" in names(arm)

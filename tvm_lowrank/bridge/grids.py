@@ -15,7 +15,7 @@ from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.data.images import Images
 from tvm_lowrank.formats import FLOAT32, FORMATS, Grid
 from tvm_lowrank.graph import bindings, chain_of, is_site
-from tvm_lowrank.precision import formats_of, grids_of, operand_formats, with_formats, with_grids
+from tvm_lowrank.precision import PLACEHOLDER, formats_of, grids_of, operand_formats, with_formats, with_grids
 
 IMAGES = 256  # that are looked at
 EACH = 1024  # numbers of an image that an error is estimated by
@@ -36,7 +36,10 @@ class _Seen:
         taken = torch.from_numpy(self._rng.integers(each.shape[1], size=min(EACH, each.shape[1])))
         self.sample.append(each[:, taken].numpy().ravel())
 
-    def grid(self) -> Grid:
+    def grid(self) -> Grid | None:
+        """The grid of least error; None if there was nothing but 0, or what is no number."""
+        if not np.isfinite([self.low, self.high]).all() or self.low == self.high:
+            return None
         return least_error(np.concatenate(self.sample), self.low, self.high)
 
 
@@ -97,10 +100,11 @@ def calibrated(
 ) -> IRModule:
     """The module with grids for convolutions in int8, of least error on the first images (float32 NCHW).
 
-    What is looked at is the network in float32. ``names`` are the convolutions; None are those in int8 that have no
-    grid yet. Where there are none, the module stays as it is.
+    What is looked at is the network in float32. ``names`` are the convolutions, of which those get no grid that read
+    nothing but 0, or what is no number; None are those in int8 that have no grid yet, which get one in any case. Where
+    there are none, the module stays as it is.
     """
-    function = mod["main"]
+    function, any_will_do = mod["main"], names is None
     if names is None:
         whole = [name for name, format in operand_formats(function).items() if format.whole]
         names = set(whole) - set(grids_of(function)) if whole else ()
@@ -115,4 +119,5 @@ def calibrated(
         bridge(chunk, watch=list(seen.items()))
         advance(len(chunk))
     grids = {var: own.grid() for var, own in seen.items()}
-    return with_grids(mod, {name: grids[var] for name, var in read.items()})
+    found = {name: grids[var] or (PLACEHOLDER if any_will_do else None) for name, var in read.items()}
+    return with_grids(mod, {name: grid for name, grid in found.items() if grid is not None})
