@@ -57,7 +57,7 @@ class Tensors:
         """A tensor or array, or several, as one."""
         if self.single:
             return tensors[0] if isinstance(tensors, tuple | list) else tensors
-        parts = [tensor.reshape(tensor.shape[0], -1) for tensor in tensors]
+        parts = [tensor.reshape(tensor.shape[0], prod(tensor.shape[1:])) for tensor in tensors]
         if isinstance(parts[0], np.ndarray):
             return np.concatenate(parts, axis=1)
         import torch

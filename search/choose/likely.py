@@ -10,15 +10,19 @@ metric, where the points that a damage in nats costs differ.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from scipy.optimize import minimize_scalar
 
 from tvm_lowrank.bridge.answers import SCORES, Answers, Meaning
-from tvm_lowrank.data.metric import Metric
+from tvm_lowrank.data.measure import Rows, Unscored
+from tvm_lowrank.data.metric import INTERVAL, Metric
 from tvm_lowrank.data.parts import Outputs, Targets
+from tvm_lowrank.errors import UserError
 
 DRAWS = 32  # labels of each image
 MOST = 3.0  # standard errors, and half an image, by which the likely score may differ from the counted one
@@ -67,6 +71,38 @@ class Likely:
 
     def _scores(self, outputs: np.ndarray) -> np.ndarray:
         return np.stack([self.metric.scores(outputs, own) for own in self.labels])
+
+
+def lost(
+    metric: Metric,
+    dense: Rows,
+    rows: Callable[[], Rows],
+    likely: Callable[[], tuple[float, float]] | None,
+    *,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """What a compressed network lost, in the metric's unit: ``drop`` and its ``error``, ``likely`` and that one's.
+
+    ``dense`` are the rows of the dense network, ``rows`` makes its own, and ``likely`` is `Likely.drop` of it. Where
+    the metric has no number for it everything is lost, and ``unscored`` says why.
+
+    Raises
+    ------
+    UserError
+        If a user's function fails.
+    """
+    try:
+        drop, (low, high) = metric.drop(dense, rows(), seed=seed)
+    except Unscored as missing:
+        everything, why = metric.everything(dense), str(missing).partition(";")[0]
+        return {"drop": everything, "error": 0.0, "likely": everything, "likely_error": 0.0, "unscored": why}
+    except UserError as error:
+        raise UserError(f"{error}; it failed for a compressed network: correct it and add --resume") from error
+    spread = (high - low) / INTERVAL
+    expected, unsure = (drop, spread) if likely is None else likely()
+    if not math.isfinite(expected):
+        expected, unsure = drop, spread
+    return {"drop": drop, "error": spread, "likely": expected, "likely_error": unsure}
 
 
 def calibrated(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -153,10 +153,8 @@ def _approach(
             result = search.evaluate(result.placed, search.networks.recovery)
             learn(result)
         inside = [own for own in tried if search.foreseen_drop(own) <= search.budget]
-        foreseen = " when it is recovered" if result.fit == "decomposed" else ""
-        verdict = "kept" if result in inside else "over budget"
-        said = f"expected {search.foreseen_drop(result):+.2f}{foreseen}, {verdict}"
         if new or result.fit != "decomposed":
+            said = _verdict(search, result, kept=result in inside)
             console.tried(search.dense_ms / result.ms, result.drop, said, unit=search.metric.unit.name)
         if result in inside and search.is_fastest(result):
             break
@@ -166,6 +164,13 @@ def _approach(
         if _near(limit, tried) or limit < LEAST_LIMIT:
             break
     return count
+
+
+def _verdict(search: Search, result: Evaluated, *, kept: bool) -> str:
+    if result.unscored:
+        return f"for {result.unscored}, over budget"
+    foreseen = " when it is recovered" if result.fit == "decomposed" else ""
+    return f"expected {search.foreseen_drop(result):+.2f}{foreseen}, {'kept' if kept else 'over budget'}"
 
 
 def _near(limit: float, tried: Sequence[Evaluated]) -> bool:

@@ -25,7 +25,7 @@ from tvm_lowrank.bridge.answers import Meaning
 from tvm_lowrank.bridge.calibrate import predict
 from tvm_lowrank.bridge.meaning import answers_of
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
-from tvm_lowrank.data.measure import POINTS, Rows
+from tvm_lowrank.data.measure import POINTS, Rows, Unscored
 from tvm_lowrank.data.metric import INTERVAL, Metric
 from tvm_lowrank.data.splits import Splits
 from tvm_lowrank.errors import TimeUp
@@ -45,7 +45,7 @@ from tvm_lowrank.searching.choose.forecast import (
     needs,
     seconds_of_an_image,
 )
-from tvm_lowrank.searching.choose.likely import Likely
+from tvm_lowrank.searching.choose.likely import Likely, lost
 from tvm_lowrank.searching.choose.networks import Fit, Networks, Training
 from tvm_lowrank.searching.choose.sensitivity import Sensitivity
 from tvm_lowrank.searching.damage import divergence
@@ -56,6 +56,7 @@ from tvm_lowrank.searching.latency.times import SiteTimes
 from tvm_lowrank.tensors import Tensors
 
 FIRST_LIMIT = 0.01  # nats: near the damage that costs a point, so that few steps are needed from here
+EVERYTHING = 10.0  # nats: what a network counts as whose metric is no number
 AIM = 0.9  # part of the budget at which plans are aimed
 MOST_ALLOCATIONS = 8  # for one limit; each times what it chose
 # parts of the time limit after which probing ends, and tuning for the first plan, with what is known then
@@ -96,6 +97,7 @@ class Evaluated(Placed):
     likely: float  # drop that is likely by the dense network's own probabilities
     likely_error: float  # its standard error
     fit: Fit
+    unscored: str = ""  # why the metric has no number for it, if it has none: then all is lost
 
     @property
     def placed(self) -> Placed:
@@ -196,6 +198,7 @@ class Search:
         value, metric = self.metric.value(rows), self.metric
         if metric.labelled and metric.unit == POINTS and value <= 0:
             console.warn(f"{metric.name} of the dense network is {value:.2f} %; do the targets, or its function, fit?")
+        metric.check(value, "the dense network")
         return rows
 
     @cached_property
@@ -313,20 +316,19 @@ class Search:
 
         def judge() -> dict[str, Any]:
             outputs = self._answers(self._fitted(placed.plan, fit))
-            rows = self._rows(outputs)
-            drop, interval = self.metric.drop(self.dense_rows, rows, seed=self.settings.seed)
-            error = (interval[1] - interval[0]) / INTERVAL
-            likely, likely_error = (drop, error) if self.likely is None else self.likely.drop(outputs)
             return {
                 "plan": json.loads(placed.plan.to_json()),
                 "fit": fit,
                 "ms": placed.ms,
                 "predicted": placed.predicted,
                 "damage": divergence(self.answers, self.dense_selection, outputs),
-                "drop": drop,
-                "error": error,
-                "likely": likely,
-                "likely_error": likely_error,
+                **lost(
+                    self.metric,
+                    self.dense_rows,
+                    partial(self._rows, outputs),
+                    None if self.likely is None else partial(self.likely.drop, outputs),
+                    seed=self.settings.seed,
+                ),
             }
 
         doing = "fine-tuning plans" if fit == "finetuned" else PLANS
@@ -334,8 +336,8 @@ class Search:
             network = f"{how} {placed.plan.to_json()}"
             found = self.journal.once("evaluation", network, judge)
         measured = {name: found[name] for name in ("damage", "drop", "error", "likely", "likely_error")}
-        result = Evaluated(**vars(placed), **measured, fit=fit)
-        if placed.plan:
+        result = Evaluated(**vars(placed), **measured, fit=fit, unscored=found.get("unscored", ""))
+        if placed.plan and not result.unscored:
             self._rate.learn(network, result.counted)
         if fit in LEFT:
             before = self.journal.get("evaluation", f"decomposed {placed.plan.to_json()}")
@@ -346,16 +348,20 @@ class Search:
     def tried(self) -> list[dict[str, Any]]:
         """The manifest's ``plans``: all that the journal has as evaluated; what each is expected to lose, all tell."""
         rows = [row for row in self.journal.of_kind("evaluation").values() if row["plan"]["sites"]]
-        rate, counted = (
-            Rate(self.metric.cost),
-            [Counted(row["damage"], row["likely"], row["likely_error"]) for row in rows],
-        )
+        rate = Rate(self.metric.cost)
+        counted = [Counted(row["damage"], row["likely"], row["likely_error"]) for row in rows]
         for row, own in zip(rows, counted, strict=True):
-            rate.learn(f"{row['fit']} {row['plan']}", own)
-        return [{**row, "expected": rate.expected(own)} for row, own in zip(rows, counted, strict=True)]
+            if "unscored" not in row:
+                rate.learn(f"{row['fit']} {row['plan']}", own)
+        return [
+            {**row, "expected": row["drop"] if "unscored" in row else rate.expected(own)}
+            for row, own in zip(rows, counted, strict=True)
+        ]
 
     def expected_drop(self, result: Evaluated) -> float:
         """Points that a network loses, by all that was evaluated so far; the end of the interval if `confident`."""
+        if result.unscored:
+            return math.inf
         return self._rate.expected(result.counted) + self._margin(result)
 
     def _margin(self, result: Evaluated) -> float:
@@ -376,12 +382,14 @@ class Search:
         return self._rate.damage(AIM * self.budget - self._margin(result))
 
     def foreseen(self, result: Evaluated) -> float:
-        """The damage of what is delivered for a plan, in nats, if it was not recovered yet."""
+        """The damage of what is delivered for a plan, in nats, if it was not recovered yet, or has no score."""
+        if result.unscored:
+            return EVERYTHING
         return result.damage * (self._recovery.left if result.fit == "decomposed" else 1.0)
 
     def foreseen_drop(self, result: Evaluated) -> float:
         """Points that what is delivered for a plan loses, as in `expected_drop`."""
-        if result.fit != "decomposed" or not result.plan:
+        if result.fit != "decomposed" or not result.plan or result.unscored:
             return self.expected_drop(result)
         now, then = self._rate.points(result.damage), self._rate.points(self.foreseen(result))
         return self._rate.expected(result.counted) * then / max(now, 1e-12) + self._margin(result)
@@ -411,7 +419,10 @@ class Search:
     def _judged(self, bridge: TorchBridge) -> Judged:
         """A network on the selection split."""
         outputs = predict(bridge, self.splits.selection[0])
-        value = self.metric.value(self._rows(outputs), self.dense_rows)
+        try:
+            value = self.metric.value(self._rows(outputs), self.dense_rows)
+        except Unscored:
+            value = math.nan
         return Judged(divergence(self.answers, self.dense_selection, outputs), value, self.metric.unit.sign)
 
     def prepare(self) -> None:

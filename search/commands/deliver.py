@@ -17,7 +17,7 @@ from tvm_lowrank.bundle.manifest import write_manifest
 from tvm_lowrank.bundle.portable import write_portable
 from tvm_lowrank.bundle.report import write_report
 from tvm_lowrank.data.images import part
-from tvm_lowrank.data.measure import Rows
+from tvm_lowrank.data.measure import Rows, Unscored
 from tvm_lowrank.data.metric import Metric, evaluate
 from tvm_lowrank.data.parts import take
 from tvm_lowrank.data.splits import Splits, fingerprint
@@ -189,17 +189,19 @@ def _libraries(
     while candidate is not None:
         console.phase(f"building the plan with {candidate.drop:+.2f} {unit} of drop on the selection split")
         library = build_library(search.network(candidate.plan, candidate.fit), oracle, delivery, "model.so")
-        scores = looked(
-            search, library, delivery, candidate.plan, candidate.fit, description="accuracy, compressed library"
-        )
-        drop, interval = search.metric.drop(original, scores)
-        if (interval[1] if search.settings.confident else drop) <= budget:
-            chosen, network = candidate.plan, library.mod
-            break
-        console.warn(
-            f"{drop:+.2f} {unit} of drop on the evaluation split ({interval[0]:+.2f} to {interval[1]:+.2f}); "
-            "trying a milder plan"
-        )
+        try:
+            scores = looked(
+                search, library, delivery, candidate.plan, candidate.fit, description="accuracy, compressed library"
+            )
+            drop, interval = search.metric.drop(original, scores)
+        except Unscored as missing:
+            found = f"{str(missing).partition(';')[0]} on the evaluation split"
+        else:
+            if (interval[1] if search.settings.confident else drop) <= budget:
+                chosen, network = candidate.plan, library.mod
+                break
+            found = f"{drop:+.2f} {unit} of drop on the evaluation split ({interval[0]:+.2f} to {interval[1]:+.2f})"
+        console.warn(f"{found}; trying a milder plan")
         candidate = milder(search, candidate, kept)
 
     if not chosen:

@@ -21,7 +21,7 @@ import numpy as np
 from tvm_lowrank import console
 from tvm_lowrank.bundle.manifest import FILES, MANIFEST
 from tvm_lowrank.bundle.report import REPORT
-from tvm_lowrank.data.measure import Rows
+from tvm_lowrank.data.measure import Rows, Unscored
 from tvm_lowrank.errors import TimeUp
 from tvm_lowrank.files import copy, write_text
 from tvm_lowrank.plan import Plan
@@ -65,7 +65,7 @@ def deliver_frontier(search: Search, oracle: LatencyOracle, delivery: Delivery) 
         search.times.measure_others(search.dense)
     with console.timed(search.seconds, DELIVERY):
         dense, points = _measured(search, chosen, oracle, delivery)
-        accuracies = _judged(search, dense, points, delivery)
+        points, accuracies = _judged(search, dense, points, delivery)
     return _written(search, dense, points, accuracies, delivery)
 
 
@@ -127,7 +127,7 @@ def _dense_ms(search: Search) -> float:
 def _evaluated(search: Search, limit: float) -> Evaluated:
     search.check_time()
     result = search.evaluate(search.placed(limit), search.networks.recovery)
-    said = f"damage limit {limit:.2g} nats"
+    said = f"for {result.unscored}" if result.unscored else f"damage limit {limit:.2g} nats"
     console.tried(search.dense_ms / result.ms, result.drop, said, unit=search.metric.unit.name)
     return result
 
@@ -190,21 +190,34 @@ def _latencies(search: Search, plans: dict[str, Plan], delivery: Delivery) -> di
     return found
 
 
-def _judged(search: Search, dense: Point, points: Sequence[Point], delivery: Delivery) -> list[dict[str, Any]]:
-    """The manifest's ``accuracy`` of each point; each is one look at the evaluation split."""
+def _judged(
+    search: Search, dense: Point, points: Sequence[Point], delivery: Delivery
+) -> tuple[list[Point], list[dict[str, Any]]]:
+    """The points with the manifest's ``accuracy`` of each, but for those that have none; each is one look."""
 
     def look(point: Point, name: str) -> Rows:
         evaluated, description = point.evaluated, f"accuracy, {name}"
         return looked(search, point.library, delivery, evaluated.plan, evaluated.fit, description=description)
 
     before = look(dense, "dense library")
-    scores = [look(point, f"bundle {number}") for number, point in enumerate(points, 1)]
-    looks = len(search.journal.of_kind("look"))
     original = float32_scores(search, before)
-    return [
-        accuracy_entry(search.metric, before, after, delivery.device, looks=looks, original=original)
-        for after in scores
-    ]
+    kept: list[Point] = []
+    entries: list[dict[str, Any]] = []
+
+    def entry(after: Rows) -> dict[str, Any]:
+        return accuracy_entry(search.metric, before, after, delivery.device, looks=0, original=original)
+
+    for number, point in enumerate(points, 1):
+        try:
+            entries.append(entry(look(point, f"bundle {number}")))
+        except Unscored as missing:
+            console.warn(f"{missing}; a plan is left out, on the evaluation split")
+        else:
+            kept.append(point)
+    if not kept:
+        kept, entries = [dense], [entry(before)]
+    looks = len(search.journal.of_kind("look"))
+    return kept, [{**own, "looks": looks} for own in entries]
 
 
 def _written(

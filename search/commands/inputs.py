@@ -211,7 +211,7 @@ def _load_splits(asked: BundleOptions, mod: IRModule, *, labelled: bool) -> Spli
         console.phase("no --data: using the bundled CIFAR-10 images")
     splits = load_data(
         asked.data,
-        input_shape=image_shape(mod),
+        input_shape=Tensors.taken(mod["main"]).shapes,
         mean=asked.mean,
         std=asked.std,
         classes=_classes(mod),
@@ -232,9 +232,8 @@ def load_training_of(asked: SearchOptions, mod: IRModule, workers: Workers) -> T
     classes, known = _classes(mod), not yes_or_no(mod) and _classes(mod) is not None
     if not known:
         console.phase("the outputs are no class scores: fine-tuning imitates the dense network, without labels")
-    batches = load_training(
-        asked.finetune, input_shape=image_shape(mod), mean=mean, std=std, classes=classes, labelled=known
-    )
+    inputs = Tensors.taken(mod["main"]).shapes
+    batches = load_training(asked.finetune, input_shape=inputs, mean=mean, std=std, classes=classes, labelled=known)
     name = f"{name_of(asked.finetune)}, {asked.epochs} epochs" + (f", {asked.stages} stages" * (asked.stages > 1))
     return Training(batches, name, asked.epochs, asked.stages, workers, asked.seed)
 

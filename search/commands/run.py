@@ -8,6 +8,7 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -78,14 +79,18 @@ def search(asked: SearchOptions) -> dict[str, Any]:
 def _search(asked: SearchOptions, inputs: Inputs, start: float) -> dict[str, Any]:
     """The search of the first worker; ``start`` is when it began, as `time.monotonic` counts."""
     _make_room(asked)
-    journal = Journal(asked.folder / JOURNAL, _header(asked, inputs))
-    _remove_unfinished(asked.folder)
+    with closing(Journal(asked.folder / JOURNAL, _header(asked, inputs))) as journal:
+        _remove_unfinished(asked.folder)
+        result = _searched(asked, inputs, journal, start)
+    shutil.rmtree(asked.folder / FITTED, ignore_errors=True)
+    return result
+
+
+def _searched(asked: SearchOptions, inputs: Inputs, journal: Journal, start: float) -> dict[str, Any]:
     ended = asked.folder / (FRONTIER if asked.frontier else MANIFEST)
     finished = "finished" if inputs.training is None else f"finished with {inputs.training.name}"
     if journal.get("run", finished) and ended.is_file():
         console.phase(f"the search in {asked.folder} had ended; nothing is repeated")
-        journal.close()
-        shutil.rmtree(asked.folder / FITTED, ignore_errors=True)  # it may have been killed before it did so
         return json.loads(ended.read_text()) if asked.frontier else read_manifest(asked.folder)
     if journal.dropped:
         console.warn(f"the last line of {journal.path} was torn and is dropped; its measurement is repeated")
@@ -108,8 +113,6 @@ def _search(asked: SearchOptions, inputs: Inputs, start: float) -> dict[str, Any
         manifest = _delivered(asked, inputs, finder, oracle, delivery)
     if time.monotonic() < deadline:  # else more time may find more
         journal.once("run", finished, lambda: True)
-    journal.close()
-    shutil.rmtree(asked.folder / FITTED, ignore_errors=True)
     return manifest
 
 

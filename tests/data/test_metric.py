@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.stats import bootstrap
 
-from tvm_lowrank.data.measure import FEW, unit_called
+from tvm_lowrank.data.measure import FEW, Unscored, unit_called
 from tvm_lowrank.data.metric import evaluate, load_metric, paired_drop, tried
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.options import SearchOptions
@@ -112,7 +112,6 @@ def test_own_function_per_image_or_as_a_mean(tmp_path: Path, body: str) -> None:
         ("return 'good'", "failed: ValueError"),
         ("return np.zeros(3)", "returned shape"),
         ("return np.full(len(labels), 100.0)", "from 0 to 1"),
-        ("return np.full(len(labels), np.nan)", "from 0 to 1"),
     ],
 )
 def test_own_function_that_fails(tmp_path: Path, body: str, message: str) -> None:
@@ -120,6 +119,32 @@ def test_own_function_that_fails(tmp_path: Path, body: str, message: str) -> Non
     with pytest.raises(UserError, match=message) as error:
         metric.scores(np.zeros((5, 4), "float32"), np.zeros(5, "int64"))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "body", ["return np.where(logits[:, 0], 1.0, np.nan)", "return 0.5 if logits[:, 0].all() else -np.inf"]
+)
+def test_what_is_no_number_is_said_of_the_network_that_it_is_of(tmp_path: Path, body: str) -> None:
+    """Which is the compressed one, whose drop is not known, or the dense one, of which none is."""
+    labels, good, bad = np.zeros(70), np.ones((70, 4)), np.ones((70, 4))
+    bad[5] = 0
+    metric = tried(load_metric(write(tmp_path, body)), lambda count: good[:count], labels)
+    before, after = (metric.scores(own, labels) for own in (good, bad))
+    assert metric.drop(before, before)[0] == 0 and metric.everything(before) == metric.value(before)
+    with pytest.raises(Unscored, match=r"metric of the compressed network is (nan|-inf); correct it"):
+        metric.drop(before, after)
+    with pytest.raises(UserError, match=r"metric of the dense network is (nan|-inf); correct it") as error:
+        metric.drop(after, before)
+    assert not isinstance(error.value, Unscored)
+
+
+def test_everything_is_lost_of_what_there_was() -> None:
+    assert load_metric().everything(np.array([1.0, 1, 0, 0])) == 50
+    psnr = load_metric("psnr")
+    assert psnr.everything(np.array([30.0, 34])) == 32
+    less = load_metric("relative-error")
+    rows = less.scores(np.ones((5, 2)), np.zeros((5, 0)))
+    assert less.everything(rows) == 100
 
 
 def test_unknown_metrics(tmp_path: Path) -> None:
@@ -259,7 +284,8 @@ def test_a_unit_of_its_own(tmp_path: Path) -> None:
     ("body", "message"),
     [
         ("return 1 / 0", "failed: ZeroDivisionError"),
-        ("return float('nan')", "returned nan to nan; scores must lie from 0 to 1, or the function have a unit"),
+        ("return float('nan')", "metric of the dense network on the first 2 images is nan; correct it or its targets"),
+        ("return [float('nan'), 1]", "metric of the dense network on the first 2 images is nan; correct it"),
         ("return 27.5", "returned 27.5 to 27.5; scores must lie from 0 to 1"),
         ("return np.zeros((2, 2))", "returned shape"),
         ("return {'a': 1}", "failed: TypeError"),

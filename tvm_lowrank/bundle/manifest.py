@@ -17,8 +17,8 @@ became of every site; ``model.pt2`` and ``model.onnx`` are the compressed networ
     sites: [{id, method, rank, format, ms, dense_ms, dense_format, macs, dense_macs, reason,
              offers: [{method, rank, format, ms, nats, measured, cost}]}],
     plans (of searches with data): [{plan (as in plan.json), fit, ms (sum of its sites), predicted, damage (nats),
-             drop, error, expected (in the metric's unit: counted, its standard error, by the damage)}], in the order
-             of evaluation,
+             drop, error, expected (in the metric's unit: counted, its standard error, by the damage),
+             unscored (where the metric gave no number: why, and all counts as lost)}], in the order of evaluation,
     seconds: {phase: s of the last run}, files: {name: SHA-256},
     levels (of bundles for several targets, the best first): [{target, folder (of its model.so and dense.so; "" is the
         bundle itself), latency_ms (null where it could not be measured)}]; a loader takes the first that it can run,

@@ -58,7 +58,7 @@ def render(manifest: Mapping[str, Any]) -> str:
         trim_blocks=True,
     )
     environment.filters["became"] = became
-    sites, plans = manifest["sites"], manifest.get("plans")
+    sites, plans = manifest["sites"], [plan for plan in manifest.get("plans", ()) if "unscored" not in plan]
     unit = (manifest["accuracy"] or {}).get("unit", POINTS.name)
     charts = {"sites": bars(sites)}
     if plans and manifest["accuracy"] is not None:

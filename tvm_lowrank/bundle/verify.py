@@ -82,8 +82,9 @@ def verify(
         if data == IN_MEMORY:
             raise UserError(f"the data of {directory} was given in memory; name it with --data")
     batch, channels, height, width = manifest["input_shape"]
+    inputs = manifest.get("inputs") or (channels, height, width)
     metric = load_metric(stated["metric"])
-    splits = load_data(data, input_shape=(channels, height, width), mean=mean, std=std, labelled=metric.labelled)
+    splits = load_data(data, input_shape=inputs, mean=mean, std=std, labelled=metric.labelled)
     images, targets = part(splits.evaluation[0], slice(limit)), take(splits.evaluation[1], slice(limit))
     phase(f"accuracy of both libraries on {len(images)} images of {splits.name}")
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tvm_lowrank.data.builtin import library
-from tvm_lowrank.data.measure import FEW, UNKNOWN, Metric, Rows, Statistic
+from tvm_lowrank.data.measure import FEW, UNKNOWN, Metric, Rows, Statistic, Unscored
 from tvm_lowrank.data.parts import Outputs, Targets, count, objects
 from tvm_lowrank.errors import UserError
 
@@ -128,7 +128,7 @@ def _array(value: Any, what: str, name: str) -> np.ndarray:
     except (TypeError, ValueError) as error:
         raise UserError(f"{what}: {type(value).__name__} is no {name} of numbers; correct it") from error
     if not np.isfinite(array).all():
-        raise UserError(f"{what}: {name} hold NaN or Inf; correct them")
+        raise Unscored(f"{what}: {name} hold NaN or Inf; correct them")
     return array
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
 from tvm_lowrank.errors import UserError
+from tvm_lowrank.tensors import Shape, Tensors
 
 Stats = Sequence[float] | None
 
@@ -30,11 +32,18 @@ class Scale:
 
 @dataclass(frozen=True)
 class Form:
-    """Images (C, H, W), how uint8 ones are scaled if that was asked for, and the number of classes if it is known."""
+    """Images (C, H, W), how uint8 ones are scaled if that was asked for, and the number of classes if it is known.
+
+    Several ``inputs`` of a network are one array (numbers, 1, 1): `tvm_lowrank.tensors`.
+    """
 
     shape: tuple[int, int, int]
     scale: Scale | None = None
     classes: int | None = None
+    inputs: Tensors | None = None
+
+    def __str__(self) -> str:
+        return by(self.shape) if self.inputs is None else str(self.inputs)
 
     @property
     def _last(self) -> tuple[int, int, int]:
@@ -56,6 +65,15 @@ class Form:
             raise UserError(
                 f"{split} images are {dtype}, mean and std apply to uint8; normalise them or leave both out"
             )
+
+    def check_input(self, number: int, shape: Sequence[int], dtype: np.dtype, split: str) -> None:
+        """Raise UserError unless arrays of such a shape and type are the input of this number, from 0, of several."""
+        assert self.inputs is not None
+        own = f"{split} images have shape {by(shape)} ({dtype}) as input {number + 1}"
+        if len(shape) < 2 or tuple(shape[1:]) != self.inputs.shapes[number]:
+            raise UserError(f"{own}; the model takes {self}")
+        if dtype.kind != "f":
+            raise UserError(f"{own}; several inputs are float32, taken as they are")
 
     def prepared(self, raw: np.ndarray) -> np.ndarray:
         """Images as float32 (n, C, H, W); numbers that are too large become Inf.
@@ -110,22 +128,31 @@ def check_finite(found: np.ndarray, split: str) -> None:
         raise UserError(f"{bad.size} {split} images hold NaN or Inf, the first is number {bad[0]}; remove them")
 
 
-def form_of(shape: tuple[int, int, int], mean: Stats, std: Stats, classes: int | None) -> Form:
-    """The form of a model's images and labels; UserError if mean and standard deviation do not fit.
+def form_of(shape: Shape | tuple[Shape, ...], mean: Stats, std: Stats, classes: int | None) -> Form:
+    """The form of a model's images (C, H, W), or of its inputs, and labels; UserError if mean and std do not fit.
 
     If neither is given there is no scale: float images need none, and one that was given must not be ignored.
     """
+    several = not isinstance(shape[0], int)
+    shapes = cast("tuple[Shape, ...]", shape if several else (shape,))
+    if len(shapes) > 1:
+        if mean is not None or std is not None:
+            raise UserError("--mean and --std are for models of one input; normalise the images and leave both out")
+        inputs = Tensors(tuple(map(tuple, shapes)))
+        return Form((inputs.ends[-1], 1, 1), None, classes, inputs)
+    ((channels, height, width),) = shapes
+    image = (channels, height, width)
     if mean is None and std is None:
-        return Form(shape, None, classes)
+        return Form(image, None, classes)
     arrays = []
     for name, values, default in (("mean", mean, 0.0), ("std", std, 1.0)):
         array = np.asarray([default] if values is None else values, dtype="float32").reshape(-1, 1, 1)
-        if len(array) not in (1, shape[0]):
-            raise UserError(f"--{name} has {len(array)} values, the model {shape[0]} channels; give one per channel")
+        if len(array) not in (1, channels):
+            raise UserError(f"--{name} has {len(array)} values, the model {channels} channels; give one per channel")
         if not np.isfinite(array).all() or (name == "std" and (array <= 0).any()):
             raise UserError(f"--{name} {array.ravel().tolist()} is not usable; give finite numbers, std above 0")
         arrays.append(array)
-    return Form(shape, Scale(*arrays), classes)
+    return Form(image, Scale(*arrays), classes)
 
 
 def by(shape: Sequence[int]) -> str:

@@ -13,6 +13,7 @@ from tvm_lowrank.console import progress
 from tvm_lowrank.data.form import Form, by
 from tvm_lowrank.data.images import Raw, Spool
 from tvm_lowrank.data.parts import Targets
+from tvm_lowrank.data.several import is_inputs, joined
 from tvm_lowrank.data.targets import copied, gathered, listed, none_for, of_batch
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.reference import summary
@@ -23,22 +24,20 @@ T = TypeVar("T")
 def read_images(value: Any, what: str, split: str, form: Form, folder: Path | None) -> Raw:
     """Images: an array as it is, or batches, which are read once; labels that come with them are dropped.
 
-    ``what`` they are called as long as they are no array. Batches that are too many for memory go to a file in
-    ``folder``.
+    Of several inputs, an array is a tuple or list with one for each. ``what`` they are called as long as they are no
+    array. Batches that are too many for memory go to a file in ``folder``.
 
     Raises
     ------
     UserError
         If there are none, they have not the form, reading fails, or there is no room for them.
     """
-    items = None if hasattr(value, "__array__") else _items(value)
+    items = None if hasattr(value, "__array__") or is_inputs(value, form) else _items(value)
     if items is None:
-        array = as_array(value, 4, what)
-        form.check(array.shape, array.dtype, split)
-        return array
+        return whole(value, what, split, form)
 
     def batch(item: Any) -> np.ndarray:
-        return as_array(item[0] if is_batch(item) else item, 4, what)
+        return _batch(item[0] if is_batch(item, form) else item, what, split, form)
 
     return _spooled(_each(items, what, batch), _count(value), what, split, form, folder)
 
@@ -52,7 +51,7 @@ def read_labelled(
     there may be none.
     """
     x_name, y_name = f"{split} images", f"{split} targets"
-    pair = is_whole(value, labelled=labelled)
+    pair = is_whole(value, form, labelled=labelled)
     if not labelled:
         images = read_images(value[0] if pair else value, x_name, split, form, folder)
         return images, none_for(len(images))
@@ -68,7 +67,7 @@ def read_labelled(
     def batch(item: Any) -> np.ndarray:
         if not _is_pair(item):
             raise UserError(neither)
-        images = as_array(item[0], 4, x_name)
+        images = _batch(item[0], x_name, split, form)
         targets.extend(of_batch(item[1], y_name, len(images)) if images.ndim >= 4 else [copied(item[1])])
         return images
 
@@ -97,25 +96,59 @@ def as_array(value: Any, dims: int, what: str) -> np.ndarray:
     return _join(list(_each(items, what, lambda item: as_array(item, dims, what))), dims, what)
 
 
-def is_batch(item: Any) -> bool:
+def whole(value: Any, what: str, split: str, form: Form) -> Raw:
+    """All images, as they are: an array, or of several inputs one for each; UserError if they have not the form."""
+    if form.inputs is not None:
+        return joined(_inputs(value, what, form), split, form)
+    array = as_array(value, 4, what)
+    form.check(array.shape, array.dtype, split)
+    return array
+
+
+def _batch(value: Any, what: str, split: str, form: Form) -> np.ndarray:
+    """Some images (m, C, H, W), or a single one."""
+    if form.inputs is None:
+        return as_array(value, 4, what)
+    parts = _inputs(value, what, form)
+    alone = all(own.ndim == len(shape) for own, shape in zip(parts, form.inputs.shapes, strict=True))
+    images = joined([own[None] for own in parts] if alone else parts, split, form)[:]
+    return images[0] if alone else images
+
+
+def _inputs(value: Any, what: str, form: Form) -> list[np.ndarray]:
+    assert form.inputs is not None
+    if not is_inputs(value, form):
+        kind = f"{type(value).__name__} of {len(value)}" if isinstance(value, tuple | list) else type(value).__name__
+        raise UserError(f"{what}: {kind}, the model has several inputs; give a tuple of arrays {form}")
+    return [as_array(own, 1 + len(shape), what) for own, shape in zip(value, form.inputs.shapes, strict=True)]
+
+
+def is_batch(item: Any, form: Form) -> bool:
     """Whether an item is an (images, targets) pair rather than a list of two arrays."""
     if not _is_pair(item):
         return False
+    if form.inputs is not None:
+        return is_inputs(item[0], form)
     images, targets = (_dims(own) for own in item)
     return images > targets or images > 3 or (images == 3 and isinstance(item, tuple))
 
 
-def is_whole(value: Any, *, labelled: bool = True) -> bool:
+def is_whole(value: Any, form: Form, *, labelled: bool = True) -> bool:
     """Whether a value is a pair of all images and their targets rather than two batches, of both or of images."""
     if not _is_pair(value):
         return False
     first, second = value
-    if not is_batch(first):
+    if form.inputs is not None:
+        batches = is_batch(first, form) and is_batch(second, form)
+        if batches or (not labelled and is_inputs(value, form)):
+            return False
+        return labelled or isinstance(value, tuple) or not is_inputs(second, form)
+    if not is_batch(first, form):
         return labelled or isinstance(value, tuple) or _dims(first) != _dims(second)
     if isinstance(first, tuple) or _dims(first[0]) > _dims(first[1]):
         return False
     # two arrays of images, or images and targets of their form
-    return isinstance(value, tuple) or not is_batch(second)
+    return isinstance(value, tuple) or not is_batch(second, form)
 
 
 def _dims(value: Any) -> int:

@@ -25,6 +25,10 @@ ScoreFunction = Callable[[Outputs, Targets], Rows]
 Statistic = Callable[[np.ndarray], float]  # of the images with these numbers, some perhaps several times
 
 
+class Unscored(UserError):
+    """A metric has no number for a network: a search goes on where that is a compressed one."""
+
+
 @dataclass(frozen=True)
 class Unit:
     """What drops are counted in, the sign behind values, and by how much what a function returns is multiplied."""
@@ -126,20 +130,35 @@ class Metric:
         own = self._compared(rows if dense is None else dense, rows)
         return self.unit.scale * self._statistic(own)(np.arange(len(own)))
 
+    def everything(self, dense: Rows) -> float:
+        """The drop of a network that has no value: down to 0 from what the dense one has, or 100 % of differences."""
+        return abs(self.value(dense, dense)) if self.better > 0 else self.unit.scale
+
     def drop(self, dense: Rows, rows: Rows, *, seed: int = 0) -> tuple[float, tuple[float, float]]:
         """How much worse rows are than the dense network's of the same images, and the 95 % interval for that.
 
         Of scores from 0 to 1 it is `paired_drop`; else the percentiles of drops on images that are drawn with
         replacement, the same for both networks (Efron and Tibshirani 1993), and where values jump, wider by what an
         image of n may change, so that it does not shrink to nothing when no image differs.
+
+        Raises
+        ------
+        UserError
+            If the dense network's value is no number, or there are too few images.
+        Unscored
+            If only that of the other network is none.
         """
         before, after = self._compared(dense, dense), self._compared(dense, rows)
-        if self.counted:
-            return paired_drop(before, after)
         first, second = self._statistic(before), self._statistic(after)
         groups = len(after) // self.group
         if not groups:
             raise UserError(f"{self.name} needs at least {self.group} images, not {len(after)}; give more")
+        every = np.arange(groups * self.group)
+        self.check(first(every), "the dense network")
+        if not math.isfinite(value := second(every)):
+            raise Unscored(f"metric {self.name} of the compressed network is {value}; correct it or compress less")
+        if self.counted:
+            return paired_drop(before, after)
 
         def lost(picked: np.ndarray) -> float:
             numbers = (self.group * picked[:, None] + np.arange(self.group)).ravel()
@@ -151,6 +170,11 @@ class Metric:
         more = NORMAL * self.unit.scale * self.image / len(after)
         return drop, (drop - math.hypot(max(0.0, drop - low), more), drop + math.hypot(max(0.0, high - drop), more))
 
+    def check(self, value: float, what: str) -> None:
+        """Raise UserError if a value is no number."""
+        if not math.isfinite(value):
+            raise UserError(f"metric {self.name} of {what} is {value}; correct it or its targets")
+
     def _compared(self, dense: Rows, rows: Rows) -> Rows:
         return rows if self.compare is None else self.compare(dense, rows)
 
@@ -159,11 +183,12 @@ class Metric:
 
 
 def _or_nan(value: Statistic, picked: np.ndarray) -> float:
-    """A value, or NaN where a function fails on the images that happened to be drawn."""
+    """A value, or NaN where a function fails on the images that happened to be drawn or gives no number."""
     try:
-        return value(picked)
+        found = value(picked)
     except UserError:
         return math.nan
+    return found if math.isfinite(found) else math.nan
 
 
 def mean(rows: Rows) -> Statistic:

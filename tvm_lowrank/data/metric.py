@@ -113,9 +113,7 @@ def _tried(metric: Metric, outputs: Outputs, targets: Targets) -> Metric:
     rows = metric.scores(outputs, targets)
     if len(rows) != count(targets):
         raise UserError(f"metric {metric.name} gave {len(rows)} rows for {count(targets)} images; one for each")
-    value = metric.value(rows)
-    if not np.isfinite(value):
-        raise UserError(f"metric {metric.name} is {value} on the first {len(rows)} images; correct it or its targets")
+    metric.check(metric.value(rows), f"the dense network on the first {len(rows)} images")
     return metric
 
 
@@ -183,10 +181,11 @@ def _own(function: Callable[..., object], spec: str) -> Metric:
 
 
 def _check(values: np.ndarray, unit: Unit, spec: str) -> None:
-    low, high = (0, 1) if unit == POINTS else (-np.inf, np.inf)
-    if not (np.isfinite(values) & (values >= low) & (values <= high)).all():
-        unlike = "scores must lie from 0 to 1, or the function have a unit" if unit == POINTS else "give finite numbers"
-        raise UserError(f"metric {spec} returned {values.min()} to {values.max()}; {unlike}")
+    """Raise UserError if a number is out of range; what is no number is for `Metric.drop` to judge."""
+    known = values[np.isfinite(values)]
+    if unit == POINTS and not ((known >= 0) & (known <= 1)).all():
+        unlike = "scores must lie from 0 to 1, or the function have a unit"
+        raise UserError(f"metric {spec} returned {known.min()} to {known.max()}; {unlike}")
 
 
 def _of_all(metric: Metric, function: Callable[[Outputs, Targets], np.ndarray], *, listed: bool) -> Metric:

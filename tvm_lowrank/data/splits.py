@@ -16,7 +16,7 @@ import numpy as np
 
 from tvm_lowrank import example
 from tvm_lowrank.console import progress
-from tvm_lowrank.data.form import Form, Stats, by, check_finite, check_some, finite, form_of
+from tvm_lowrank.data.form import Form, Stats, check_finite, check_some, finite, form_of
 from tvm_lowrank.data.given import read_images, read_labelled
 from tvm_lowrank.data.imagefolder import SPLITS, read_folder
 from tvm_lowrank.data.images import Images, Raw, Stored, chunks
@@ -25,6 +25,7 @@ from tvm_lowrank.data.parts import Targets
 from tvm_lowrank.data.targets import checked, feed
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.reference import absolute, is_reference, load_object, summary
+from tvm_lowrank.tensors import Shape
 
 Labelled = tuple[Images, Targets]
 Read = tuple[Raw, tuple[Raw, Targets], tuple[Raw, Targets]]  # the splits, as they are stored
@@ -65,7 +66,7 @@ class Splits:
 def load_data(
     source: str | Path | Mapping[str, Any] | None = None,
     *,
-    input_shape: tuple[int, int, int],
+    input_shape: Shape | tuple[Shape, ...],
     mean: Stats = None,
     std: Stats = None,
     classes: int | None = None,
@@ -82,18 +83,20 @@ def load_data(
           Images are an array, a tensor, or an iterable of batches; a pair may also be an iterable of (images, targets)
           batches, such as a DataLoader. What can be iterated over is read once. A target is whatever the metric takes:
           a class label, a vector, a mask, a mapping of boxes and labels, ...; those of all images are an array or a
-          list.
+          list. Images for a model of several inputs are a tuple with an array for each, in order, or batches of such
+          tuples.
         - ``file.npz`` with the arrays ``calibration_x``, ``selection_x``, ``selection_y``, ``evaluation_x`` and
-          ``evaluation_y``; targets (n, …) of any shape.
+          ``evaluation_y``; targets (n, …) of any shape. Of several inputs ``calibration_x_1``, ``calibration_x_2``, …
         - ``folder/`` in ImageFolder layout: ``calibration/`` (flat or one folder per class), ``selection/`` and
           ``evaluation/`` with one folder per class; labels follow the sorted names. Images are scaled so that they
-          cover 256/224 of the input size and cut from the middle, unless they have the input size already.
+          cover 256/224 of the input size and cut from the middle, unless they have the input size already. For models
+          of one input.
         - None or ``"example"``: the images that come with the package.
     input_shape
-        (C, H, W) of the model.
+        (C, H, W) of the model, or the shapes of several inputs, each without the batch.
     mean, std
         Per channel (or one for all), on the scale 0 to 1, for images that are uint8 NHWC (and for folders); the
-        default is 0 and 1. Float images are NCHW and taken as they are.
+        default is 0 and 1. Float images are NCHW and taken as they are, as those of several inputs must be.
     classes
         Number of classes that the model tells apart, if it does: targets (n,) must be smaller.
     folder
@@ -148,10 +151,14 @@ def _read(
         return IN_MEMORY, _of_mapping(source, IN_MEMORY, form, folder, labelled)
     if source is None or str(source) == example.NAME:
         if form.shape != example.INPUT_SHAPE[1:]:
-            raise UserError(f"the bundled images are 3x32x32, the model takes {by(form.shape)}; give --data")
+            raise UserError(f"the bundled images are 3x32x32, the model takes {form}; give --data")
         return example.NAME, _of_mapping(example.data(), example.NAME, form, folder, labelled)
     text, path = str(source), Path(source)
     if path.is_dir():
+        if form.inputs is not None:
+            raise UserError(
+                f"the folder {text} has images for one input, the model takes {form}; give a function or .npz"
+            )
         return str(path.resolve()), read_folder(path, form, labelled=labelled)
     if path.suffix == ".npz":
         return str(path.resolve()), read_npz(path, form, folder, labelled=labelled)

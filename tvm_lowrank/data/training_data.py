@@ -12,11 +12,15 @@ import torch
 from torch import Tensor
 
 from tvm_lowrank.data.form import Form, Stats, form_of
-from tvm_lowrank.data.given import as_array, is_batch, is_whole
+from tvm_lowrank.data.given import as_array, is_batch, is_whole, whole
+from tvm_lowrank.data.images import Raw
+from tvm_lowrank.data.parts import take
+from tvm_lowrank.data.several import Joined
 from tvm_lowrank.data.splits import IN_MEMORY
 from tvm_lowrank.data.targets import none_for
 from tvm_lowrank.errors import UserError
 from tvm_lowrank.reference import absolute, load_object, summary
+from tvm_lowrank.tensors import Shape
 
 Batch = tuple[Tensor, Tensor | None]
 Batches = Callable[[int], Iterable[Batch]]
@@ -33,7 +37,7 @@ def name_of(source: str | Callable[[int], Iterable[Any]] | Iterable[Any]) -> str
 def load_training(
     source: str | Callable[[int], Iterable[Any]] | Iterable[Any],
     *,
-    input_shape: tuple[int, int, int],
+    input_shape: Shape | tuple[Shape, ...],
     mean: Stats = None,
     std: Stats = None,
     classes: int | None = None,
@@ -54,7 +58,7 @@ def load_training(
           an incomplete last batch is left out;
         - a function of the epoch's number that returns an iterable of batches.
     input_shape
-        (C, H, W) of the model.
+        (C, H, W) of the model; of one with several inputs the shape of each, and images are tuples of arrays.
     mean, std
         Per channel (or one for all), on the scale 0 to 1, for images that are uint8 NHWC; the default is 0 and 1.
         Float images are NCHW and taken as they are.
@@ -93,15 +97,18 @@ def _checked(batch: Any, where: str, form: Form) -> Batch:
     """A batch of the user's as tensors that the model takes."""
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         raise UserError(f"{where} is {type(batch).__name__}; give a pair (images, labels)")
-    images = form.images(as_array(batch[0], 4, f"{where} images"), where)
+    images = _read(batch[0], where, form)
     labels = form.labels(as_array(batch[1], 1, f"{where} labels"), where, len(images))
     return torch.from_numpy(images), torch.from_numpy(labels)
 
 
 def _images_of(batch: Any, where: str, form: Form) -> Batch:
     """The images of a batch of the user's, whatever comes with them."""
-    images = batch[0] if is_batch(batch) else batch
-    return torch.from_numpy(form.images(as_array(images, 4, f"{where} images"), where)), None
+    return torch.from_numpy(_read(batch[0] if is_batch(batch, form) else batch, where, form)), None
+
+
+def _read(images: Any, where: str, form: Form) -> np.ndarray:
+    return form.images(whole(images, f"{where} images", where, form)[:], where)
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,17 +151,17 @@ class _Epoch:
 class _Shuffled:
     """Two arrays in batches, in one order."""
 
-    images: np.ndarray
+    images: Raw | tuple[Raw, ...]
     labels: np.ndarray
     order: np.ndarray
 
     def __len__(self) -> int:
         return max(1, len(self.order) // BATCH)
 
-    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def __iter__(self) -> Iterator[tuple[Any, np.ndarray]]:
         for start in range(0, len(self) * BATCH, BATCH):
             part = self.order[start : start + BATCH]
-            yield self.images[part], self.labels[part]
+            yield take(self.images, part), self.labels[part]
 
 
 def _called(function: Any, source: str, *arguments: int) -> Any:
@@ -169,7 +176,7 @@ def _called(function: Any, source: str, *arguments: int) -> Any:
 
 def _epochs(value: Any, source: str, form: Form, labelled: bool) -> Any:
     """What the factory returned, as a function of the epoch or as batches for every epoch."""
-    if is_whole(value, labelled=labelled):
+    if is_whole(value, form, labelled=labelled):
         return _shuffled(value[0], value[1], form, labelled)
     if isinstance(value, Iterator):
         raise UserError(
@@ -181,7 +188,8 @@ def _epochs(value: Any, source: str, form: Form, labelled: bool) -> Any:
 
 
 def _shuffled(images: Any, labels: Any, form: Form, labelled: bool) -> Callable[[int], _Shuffled]:
-    x = as_array(images, 4, "training images")
-    form.images(np.atleast_1d(x)[:1], "training")
+    x = whole(images, "training images", "training", form)
+    form.images(x[:1], "training")
     y = form.labels(as_array(labels, 1, "training labels"), "training", len(x)) if labelled else none_for(len(x))
-    return lambda epoch: _Shuffled(x, y, np.random.default_rng(epoch).permutation(len(x)))
+    parts = x.parts if isinstance(x, Joined) else x
+    return lambda epoch: _Shuffled(parts, y, np.random.default_rng(epoch).permutation(len(x)))

@@ -15,6 +15,7 @@ import torch
 from tvm.ir import IRModule
 
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
+from tvm_lowrank.tensors import Tensors
 
 Run = Callable[[np.ndarray], Sequence[np.ndarray]]
 
@@ -50,22 +51,26 @@ class Answered:
         return worst
 
 
-def answered(run: Run, shape: Sequence[int], coarseness: float = 1.0, sizes: Sequence[float] = ()) -> Answered:
-    """What a source makes of random images of a shape (C, H, W), of the first kind of which it makes finite numbers.
+def answered(run: Run, inputs: Tensors, coarseness: float = 1.0, sizes: Sequence[float] = ()) -> Answered:
+    """What a source makes of random images for its inputs, of the first kind of which it makes finite numbers.
 
-    ``sizes`` are those of `Answered`.
+    It is given what a canonical function takes. ``sizes`` are those of `Answered`.
     """
     for scale, shift in ((1.0, 0.0), (0.25, 0.5), (0.01, 0.0)):
         rng = np.random.default_rng(0)
-        images = rng.standard_normal((2, *shape))
-        # every image has its own brightness: noise alone is the same to what averages over it
-        images += rng.standard_normal((2, shape[0], *[1] * (len(shape) - 1)))
+        images = inputs.images([_random(shape, rng) for shape in inputs.shapes])
         images = (images * scale + shift).astype(np.float32)
-        steps = rng.uniform(-1, 1, (_MOVES, *shape)) * _MOVED * coarseness
+        steps = rng.uniform(-1, 1, (_MOVES, *images.shape[1:])) * _MOVED * coarseness
         outputs = run(images)
         if all(np.isfinite(y).all() for y in outputs if y.dtype.kind == "f"):
             break
     return Answered(images, outputs, run((images[:1] * (1 + steps)).astype(np.float32)), coarseness, sizes)
+
+
+def _random(shape: Sequence[int], rng: np.random.Generator) -> np.ndarray:
+    images = rng.standard_normal((2, *shape))
+    # every image has its own brightness: noise alone is the same to what averages over it
+    return images + rng.standard_normal((2, shape[0], *[1] * (len(shape) - 1)))
 
 
 def bridged(mod: IRModule) -> Run:

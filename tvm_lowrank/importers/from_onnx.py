@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from tvm_lowrank.importers.onnx_graph import Skeleton, channels_first, cut, inpu
 from tvm_lowrank.importers.onnx_names import conv_ids, linear_ids
 from tvm_lowrank.importers.onnx_operators import Importer
 from tvm_lowrank.importers.onnx_run import runner
+from tvm_lowrank.quantities import Shape, checked_shapes
+from tvm_lowrank.tensors import Tensors
 
 # a batch that no other dimension of a network is likely to have, for graphs that TVM imports with a fixed one only
 _UNUSUAL_BATCH = 61
@@ -39,16 +41,24 @@ _TYPES = {
 class _Source:
     """A model as it was written, and the same as one that TVM imports.
 
-    Its input's name and shape (N, C, H, W), N being 0 if it is open; the values that the file has channels last; and
-    how coarse its numbers are.
+    Its inputs' shapes (N, …) by name, N being 0 if it is open; the values that the file has channels last; and how
+    coarse its numbers are.
     """
 
     written: onnx.ModelProto
     ready: Skeleton
-    name: str
-    shape: tuple[int, ...]
+    shapes: Mapping[str, Shape]
     turned: frozenset[str]
     coarseness: float
+
+    @property
+    def batch(self) -> int:
+        """The number of images that the file fixes, or 0."""
+        return max(shape[0] for shape in self.shapes.values())
+
+    @property
+    def inputs(self) -> Tensors:
+        return Tensors(tuple(shape[1:] for shape in self.shapes.values()))
 
     @property
     def outputs(self) -> list[str]:
@@ -59,8 +69,10 @@ class _Source:
         return replace(self, written=cut(self.written, names), ready=self.ready.part(names))
 
 
-def from_onnx_file(path: Path, input_shape: tuple[int, ...] | None) -> IRModule:
-    """The canonical Relax module of an ONNX file; `input_shape` (N, C, H, W) fills in dimensions that it leaves open.
+def from_onnx_file(path: Path, input_shape: Shape | tuple[Shape, ...] | None) -> IRModule:
+    """The canonical Relax module of an ONNX file.
+
+    `input_shape`, (N, C, H, W) or (N, …) of each of several inputs, fills in dimensions that it leaves open.
 
     Raises
     ------
@@ -74,7 +86,7 @@ def from_onnx_file(path: Path, input_shape: tuple[int, ...] | None) -> IRModule:
     return from_onnx(model, input_shape)
 
 
-def from_onnx(model: onnx.ModelProto, input_shape: tuple[int, ...] | None = None) -> IRModule:
+def from_onnx(model: onnx.ModelProto, input_shape: Shape | tuple[Shape, ...] | None = None) -> IRModule:
     """The canonical Relax module of a loaded ONNX model, the outputs of which have been compared with the model's own.
 
     Raises
@@ -82,7 +94,7 @@ def from_onnx(model: onnx.ModelProto, input_shape: tuple[int, ...] | None = None
     UserError
         See `tvm_lowrank.importers.importer.import_model`.
     """
-    source = _source(model, input_shape)
+    source = _source(model, None if input_shape is None else checked_shapes(input_shape))
     expected = _answered(source)
     mod, batch = _imported(source, expected)
     check_sites(mod)
@@ -92,24 +104,26 @@ def from_onnx(model: onnx.ModelProto, input_shape: tuple[int, ...] | None = None
     return mod
 
 
-def _source(model: onnx.ModelProto, input_shape: tuple[int, ...] | None) -> _Source:
+def _source(model: onnx.ModelProto, given: tuple[Shape, ...] | None) -> _Source:
     inputs = inputs_of(model)
-    if len(inputs) != 1:
-        names = ", ".join(i.name for i in inputs)
-        raise UserError(f"the model has {len(inputs)} inputs ({names}); only one image input is supported")
-    kind = inputs[0].type.tensor_type.elem_type
-    if kind not in _TYPES:
-        dtype = onnx.TensorProto.DataType.Name(kind).lower()
-        raise UserError(f"input {inputs[0].name!r} is {dtype}, not float32; export the model in float32")
+    if not inputs or (given is not None and len(given) != len(inputs)):
+        names, wanted = ", ".join(i.name for i in inputs), 1 if given is None else len(given)
+        raise UserError(f"the model has {len(inputs)} inputs ({names}), not {wanted}; give the shape of each")
+    kinds = {i.name: i.type.tensor_type.elem_type for i in inputs}
+    for name, kind in kinds.items():
+        if kind not in _TYPES:
+            dtype = onnx.TensorProto.DataType.Name(kind).lower()
+            raise UserError(f"input {name!r} is {dtype}, not float32; export the model in float32")
     tensors = (*model.graph.initializer, *(a.t for node in model.graph.node for a in node.attribute))
-    coarseness = max([_TYPES[kind], *(_TYPES.get(tensor.data_type, 1.0) for tensor in tensors)])
+    rounded = [*kinds.values(), *(tensor.data_type for tensor in tensors)]
+    coarseness = max(_TYPES.get(kind, 1.0) for kind in rounded)
     ready, turned = quietly(
         lambda: channels_first(skeleton(model)),
         lambda e: f"cannot read the model: {condense(e)}; check it with onnx.checker.check_model",
     )
     _check_operators(ready.model)
-    shape = _shape(ready.model.graph.input[0], input_shape, bool(turned))
-    return _Source(model, ready, inputs[0].name, shape, turned, coarseness)
+    shapes = _shapes(ready.model.graph.input, given, bool(turned))
+    return _Source(model, ready, shapes, turned, coarseness)
 
 
 def _check_operators(model: onnx.ModelProto) -> None:
@@ -126,25 +140,54 @@ def _check_operators(model: onnx.ModelProto) -> None:
             )
 
 
-def _shape(value: onnx.ValueInfoProto, given: tuple[int, ...] | None, turned: bool) -> tuple[int, ...]:
-    """The shape (N, C, H, W) of the image input; an open batch is 0. One that is given may have the file's order."""
-    dims = [int(d.dim_value) for d in value.type.tensor_type.shape.dim]
-    if len(dims) not in (0, 4):
+def _shapes(
+    values: Sequence[onnx.ValueInfoProto], given: tuple[Shape, ...] | None, turned: bool
+) -> dict[str, tuple[int, ...]]:
+    """The shapes (N, …) of the inputs; an open batch is 0."""
+    if len(values) == 1:
+        return {values[0].name: _image(values[0], None if given is None else given[0], turned)}
+    shapes = {}
+    for value, own in zip(values, given or [None] * len(values), strict=True):
+        dims = _dims(value) or [0] * len(own or ())
+        if len(dims) < 2:
+            raise UserError(
+                f"input {value.name!r} has {len(dims)} dimensions; those of several have the batch and more"
+            )
+        shapes[value.name] = _filled(value.name, dims, own)
+    fixed = {name: shape[0] for name, shape in shapes.items() if shape[0]}
+    if len(set(fixed.values())) > 1:
+        said = ", ".join(f"{name!r} {count}" for name, count in fixed.items())
+        raise UserError(f"the inputs fix different batches ({said}); the first dimension of each must be the batch")
+    return shapes
+
+
+def _image(value: onnx.ValueInfoProto, given: Shape | None, turned: bool) -> tuple[int, ...]:
+    """The shape (N, C, H, W) of the only input. One that is given may have the file's order."""
+    dims = _dims(value) or [0, 0, 0, 0]
+    if len(dims) != 4:
         raise UserError(f"input {value.name!r} has {len(dims)} dimensions; images are N,C,H,W")
-    dims = dims or [0, 0, 0, 0]
     if given is not None and turned and not _fits(dims, given):
         given = (given[0], given[3], given[1], given[2])
+    return _filled(value.name, dims, given)
+
+
+def _dims(value: onnx.ValueInfoProto) -> list[int]:
+    return [int(d.dim_value) for d in value.type.tensor_type.shape.dim]
+
+
+def _filled(name: str, dims: Sequence[int], given: Shape | None) -> tuple[int, ...]:
+    """The shape of an input, with what it leaves open as it is given."""
     if given is not None and not _fits(dims, given):
         sizes, has = "x".join(map(str, given[1:])), "x".join(map(str, dims[1:]))
         raise UserError(f"the model takes images of {has}, not {sizes}; leave the input shape out")
     filled = (dims[0], *(d or (given or dims)[i] for i, d in enumerate(dims[1:], 1)))
     if not all(filled[1:]):
-        raise UserError(f"the model leaves the size of {value.name!r} open; give N,C,H,W such as 1,3,224,224")
+        raise UserError(f"the model leaves the size of {name!r} open; give N,C,H,W such as 1,3,224,224")
     return filled
 
 
 def _fits(dims: Sequence[int], given: Sequence[int]) -> bool:
-    return all(not d or d == g for d, g in zip(dims[1:], given[1:], strict=True))
+    return len(dims) == len(given) and all(not d or d == g for d, g in zip(dims[1:], given[1:], strict=True))
 
 
 def _imported(source: _Source, expected: Answered | None) -> tuple[IRModule, int]:
@@ -153,7 +196,7 @@ def _imported(source: _Source, expected: Answered | None) -> tuple[IRModule, int
     Shape arithmetic that TVM cannot follow symbolically becomes constants when the batch is fixed; where 1 image is
     baked into it, that must be the batch.
     """
-    fixed = source.shape[0]
+    fixed = source.batch
     reasons = []
     for batch in [fixed] if fixed else [0, _UNUSUAL_BATCH, 1]:
         try:
@@ -171,11 +214,12 @@ def _imported(source: _Source, expected: Answered | None) -> tuple[IRModule, int
 
 
 def _canonical(source: _Source, batch: int) -> IRModule:
-    shape: list[Any] = [batch or tirx.Var("batch", "int64"), *source.shape[1:]]
+    count: Any = batch or tirx.Var("batch", "int64")
+    shapes = {name: [count, *shape[1:]] for name, shape in source.shapes.items()}
 
     def run() -> tuple[Skeleton, IRModule]:
-        folded = shapes_folded(source.ready, shape) if batch else source.ready
-        return folded, Importer(folded, shape).imported()
+        folded = shapes_folded(source.ready, shapes) if batch else source.ready
+        return folded, Importer(folded, shapes).imported()
 
     folded, mod = quietly(run, _unsupported)
     return canonicalise(mod, conv_ids(folded), linear_ids(folded))
@@ -194,7 +238,7 @@ def _answered(source: _Source) -> Answered | None:
     """What the file makes of random images, or None if nothing can run it."""
     with quiet():
         try:
-            return answered(_file(source), source.shape[1:], source.coarseness, _sizes(source))
+            return answered(_file(source), source.inputs, source.coarseness, _sizes(source))
         except Exception:
             return None
 
@@ -206,14 +250,14 @@ def _sizes(source: _Source) -> list[float]:
 
 
 def _file(source: _Source) -> Callable[[np.ndarray], list[np.ndarray]]:
-    """The model as it was written, as a function of NCHW float32 images; a batch that it fixes is kept."""
-    run = runner(source.written)
-    (given,) = inputs_of(source.written)
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(given.type.tensor_type.elem_type)
-    fixed = source.shape[0]
+    """The model as it was written, as a function of what a canonical one takes; a batch that it fixes is kept."""
+    run, inputs, fixed = runner(source.written), source.inputs, source.batch
+    kinds = {given.name: given.type.tensor_type.elem_type for given in inputs_of(source.written)}
+    dtypes = {name: onnx.helper.tensor_dtype_to_np_dtype(kinds[name]) for name in source.shapes}
 
     def batch(x: np.ndarray) -> list[np.ndarray]:
-        outputs = run({source.name: x})
+        x = x.transpose(0, 2, 3, 1) if source.turned else x
+        outputs = run({name: own.astype(dtypes[name]) for name, own in zip(dtypes, inputs.parted(x), strict=True)})
         if any(y.ndim == 0 or len(y) != len(x) for y in outputs):
             raise ValueError("an output without the batch")
         return outputs
@@ -223,7 +267,6 @@ def _file(source: _Source) -> Callable[[np.ndarray], list[np.ndarray]]:
         return [np.concatenate(ys)[: len(x)] for ys in zip(*map(batch, parts), strict=True)]
 
     def compute(x: np.ndarray) -> list[np.ndarray]:
-        x = (x.transpose(0, 2, 3, 1) if source.turned else x).astype(dtype)
         if fixed:
             outputs = apart(x, fixed)
         else:
@@ -294,8 +337,9 @@ def _earlier(source: _Source, end: str) -> str | None:
 
 def _say_what_changed(source: _Source, batch: int) -> None:
     if source.turned:
-        phase(f"the file takes {source.name!r} as N x H x W x C; here images are N x C x H x W, data may be either")
+        (name,) = source.shapes
+        phase(f"the file takes {name!r} as N x H x W x C; here images are N x C x H x W, data may be either")
     if source.coarseness > 1:
         phase("the file's numbers in half precision are read as float32")
-    if batch == 1 and not source.shape[0]:
+    if batch == 1 and not source.batch:
         phase("the file fixes the batch to 1; the import takes any, and was compared with it image by image")

@@ -84,7 +84,7 @@ def _exported(model: nn.Module, inputs: Sequence[Tensor]) -> ExportedProgram:
             lambda: model(*inputs),
             lambda e: f"the model does not take input of shape {shape}: {condense(e)}; check the input shape",
         )
-        _tensors(output)
+        tensors_of(output)
         try:
             batch = torch.export.Dim("batch")
             with quiet():
@@ -192,12 +192,11 @@ def _check_same(program: ExportedProgram, mod: IRModule) -> None:
         outputs = []
         for part in parts:
             inputs = zip(taken.parted(torch.from_numpy(part)), values, strict=True)
-            outputs.append(_tensors(module(*(own.to(value.dtype) for own, value in inputs))))
+            outputs.append(tensors_of(module(*(own.to(value.dtype) for own, value in inputs))))
         return [torch.cat(own)[: len(images)].float().numpy() for own in zip(*outputs, strict=True)]
 
-    shape = [int(d) for d in list(mod["main"].params[0].ty.shape)[1:]]
     with quiet(), torch.no_grad():
-        expected = answered(run, shape, _coarseness(program))
+        expected = answered(run, taken, _coarseness(program))
         excess = expected.excess(bridged(mod))
     if excess > 1:
         raise UserError(
@@ -206,7 +205,7 @@ def _check_same(program: ExportedProgram, mod: IRModule) -> None:
         )
 
 
-def _tensors(output: Any) -> list[Tensor]:
+def tensors_of(output: Any) -> list[Tensor]:
     """The tensors that a model returns, in the order in which torch.export lists them."""
     leaves = pytree.tree_leaves(output)
     if len(leaves) == 1 and not isinstance(leaves[0], Tensor):

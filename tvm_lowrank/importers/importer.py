@@ -62,20 +62,13 @@ def _read_pt2(path: Path, shapes: tuple[Shape, ...] | None) -> IRModule:
 def _read_onnx(path: Path, shapes: tuple[Shape, ...] | None) -> IRModule:
     from tvm_lowrank.importers.from_onnx import from_onnx_file
 
-    return from_onnx_file(path, _only(shapes))
+    return from_onnx_file(path, shapes)
 
 
 def _read_torchscript(path: Path, shapes: tuple[Shape, ...] | None) -> IRModule:
     from tvm_lowrank.importers.from_torchscript import from_torchscript
 
-    return from_torchscript(path, _only(shapes))
-
-
-def _only(shapes: tuple[Shape, ...] | None) -> Shape | None:
-    """The shape of the image input of a file that may have no other."""
-    if shapes is not None and len(shapes) > 1:
-        raise UserError("ONNX and TorchScript files with several inputs are not imported; give a torch module or .pt2")
-    return None if shapes is None else shapes[0]
+    return from_torchscript(path, shapes)
 
 
 _READERS = {

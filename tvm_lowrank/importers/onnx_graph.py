@@ -105,8 +105,10 @@ def channels_first(source: Skeleton) -> tuple[Skeleton, frozenset[str]]:
     """The model of N x H x W x C images as one of N x C x H x W, and the values that it has in another order.
 
     It is such a model if nothing but arithmetic on single pixels comes before a transpose to channels first; others
-    stay as they are.
+    stay as they are, as do those of several inputs.
     """
+    if len(source.model.graph.input) > 1:
+        return source, frozenset()
     model, (image,) = source.model, source.model.graph.input
     chain = list(_chain(model, image.name, source.weights))
     if not chain or not _turns(chain[-1], image, source.weights):
@@ -163,11 +165,11 @@ def _with_constants(node: NodeProto, weights: dict[str, np.ndarray]) -> NodeProt
     return changed
 
 
-def shapes_folded(source: Skeleton, shape: Sequence[int]) -> Skeleton:
-    """The model for images of a fixed shape, with the arithmetic on shapes done."""
+def shapes_folded(source: Skeleton, shapes: Mapping[str, Sequence[int]]) -> Skeleton:
+    """The model for inputs of fixed shapes, with the arithmetic on shapes done."""
     model = copied(source.model)
-    image = model.graph.input[0]
-    image.CopyFrom(helper.make_tensor_value_info(image.name, TensorProto.FLOAT, shape))
+    for image in model.graph.input:
+        image.CopyFrom(helper.make_tensor_value_info(image.name, TensorProto.FLOAT, shapes[image.name]))
     del model.graph.value_info[:]
     for output in model.graph.output:
         output.type.tensor_type.ClearField("shape")

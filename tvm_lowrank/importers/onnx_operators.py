@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,8 @@ Prepare = Callable[[Any, Attrs], None]
 class Importer(ONNXGraphImporter):
     """TVM's importer with Relax operators where it emits kernels, and convolutions bound in the graph's order."""
 
-    def __init__(self, source: Skeleton, shape: Sequence[Any]) -> None:
-        super().__init__({source.model.graph.input[0].name: list(shape)}, "float32")
+    def __init__(self, source: Skeleton, shapes: Mapping[str, Sequence[Any]]) -> None:
+        super().__init__({name: list(shape) for name, shape in shapes.items()}, "float32")
         self._source = source
 
     def imported(self) -> IRModule:

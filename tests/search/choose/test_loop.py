@@ -51,7 +51,7 @@ class Landscape(Search):
         self.error = 0.4  # as it is reported, points
         self._rate, self._recovery = Rate(), Recovery(1.0)
         self.rng = np.random.default_rng(0)
-        self.fastest_from = np.inf
+        self.fastest_from = self.unscored_from = np.inf
         self.evaluated: list[Evaluated] = []
 
     def placed(self, limit: float) -> Placed:
@@ -67,8 +67,10 @@ class Landscape(Search):
         counted = self.true_drop(placed.limit) + self.noise * float(self.rng.standard_normal())
         damage, error = self.damage_of(placed.limit), self.error
         measured = {"damage": damage, "drop": counted, "error": error, "likely": counted, "likely_error": error}
-        result = Evaluated(**vars(placed), **measured, fit="reconstructed")  # type: ignore[arg-type]
-        self._rate.learn(str(placed.limit), result.counted)
+        why = "metric m is nan" if placed.limit > self.unscored_from else ""
+        result = Evaluated(**vars(placed), **measured, fit="reconstructed", unscored=why)  # type: ignore[arg-type]
+        if not why:
+            self._rate.learn(str(placed.limit), result.counted)
         self.evaluated.append(result)
         return result
 
@@ -109,6 +111,18 @@ def test_luck_hardly_moves_it() -> None:
     assert np.std(losses) < 0.2
     assert 0.75 < np.mean(losses) < 1.05
     assert np.mean(evaluations) < 3.5
+
+
+@pytest.mark.parametrize("last", [1e-4, 0.003, 0.009, 0.02, 0.05])
+def test_plans_without_a_score_are_over_any_budget(last: float, capfd: pytest.CaptureFixture[str]) -> None:
+    """The best that has one is found, whether the budget or the score ends first."""
+    free, search = Landscape(1.0, 20.0), Landscape(1.0, 20.0)
+    search.unscored_from = last
+    best, without = search.found()[0], free.found()[0]
+    assert 0.6 * min(last, without.limit) <= best.limit <= last
+    assert len(search.evaluated) <= MOST_EVALUATIONS
+    if any(own.unscored for own in search.evaluated):
+        assert "for metric m is nan, over budget" in capfd.readouterr().err
 
 
 def test_a_whole_interval_within_the_budget() -> None:

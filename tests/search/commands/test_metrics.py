@@ -20,7 +20,7 @@ from tvm_lowrank.data.parts import objects
 from tvm_lowrank.plan import Choice
 from tvm_lowrank.searching.commands.deliver import _once
 from tvm_lowrank.searching.fit import reconstruct
-from tvm_lowrank.searching.journal import Journal
+from tvm_lowrank.searching.journal import Journal, check_unused
 
 SIZE, COUNT = 16, 80
 
@@ -188,6 +188,9 @@ def whole(outputs, targets):
 
 def wrong(outputs, targets):
     return float("nan")
+
+def late(outputs, targets):
+    return 1.0 if len(targets) < 70 else float("nan")
 """
 
 
@@ -271,7 +274,7 @@ def in_floats():
         ("in_boxes", "voc-map", "voc-map needs a function that makes of outputs a list"),
         ("in_masks", "voc-map:metric.py:decode", "voc-map targets have shape"),
         ("in_boxes", "voc-map:metric.py:nothing", "metric.py has no 'nothing'; it defines np, decode, whole, wrong"),
-        ("in_boxes", "metric.py:wrong", "metric.py:wrong returned nan to nan"),
+        ("in_boxes", "metric.py:wrong", "metric.py:wrong of the dense network on the first 64 images is nan; correct"),
         ("in_masks", "metric.py:whole", "metric.py:whole failed: IndexError"),
         ("in_masks", "psnr", "psnr counts in dB; give a --budget such as 0.5dB"),
         ("in_masks", "psnr --budget 1%", "--budget 1%, but psnr counts in dB; write e.g. 0.5dB"),
@@ -293,6 +296,79 @@ def test_what_is_wrong_is_said_in_the_first_seconds(
     assert done.returncode == 2 and lines[-1].startswith("error: ") and message in lines[-1], done.stderr
     assert time.monotonic() - start < 20
     assert not (tmp_path / "out" / "journal.jsonl").exists()
+
+
+FRAGILE = """
+from pathlib import Path
+import numpy as np
+
+def same(outputs, targets):
+    '''Pixels of the right class; no number if too many are wrong, on the evaluation images rather few.'''
+    right = (outputs.argmax(1) == targets).mean()
+    if right > (0.99 if len(targets) == 75 else 0.98):
+        return right
+    if Path(__file__).with_name("failing").exists():
+        raise ValueError("too few objects")
+    return float("nan")
+"""
+
+
+def fragile(folder: Path) -> tuple[str, ...]:
+    """A search whose budget would allow more than its metric has numbers for."""
+    (folder / "metric.py").write_text(FRAGILE)
+    (folder / "net.py").write_text(
+        FILE + "def own():\n    found = answered(segmenter(), lambda y, _: y.argmax(1).numpy())\n"
+        "    return {**found, 'evaluation': tuple(own[:75] for own in found['evaluation'])}\n"
+    )
+    return (
+        *("search", "--model", "net.py:segmenter", "--input-shape", f"1,3,{SIZE},{SIZE}", "--data", "net.py:own"),
+        *("--metric", "metric.py:same", "--budget", "20%", "--methods", "channel", "--precision", "float32"),
+        *("--trials", "1", "--out", "out", "--cache", "cache"),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--frontier",)])
+def test_a_plan_whose_metric_is_no_number_counts_as_lost(run: Run, tmp_path: Path, more: tuple[str, ...]) -> None:
+    done = run(*fragile(tmp_path), *more, cwd=tmp_path)
+    assert done.returncode == 0 and "metric.py:same of the compressed network is nan" in done.stderr, done.stderr
+    said = "a plan is left out, on" if more else "on the evaluation split; trying a milder plan"
+    assert said in done.stderr, done.stderr
+    folder = tmp_path / "out" / "1" if more else tmp_path / "out"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert 0 <= manifest["accuracy"]["drop"] < 1
+    lost = [plan for plan in manifest["plans"] if "unscored" in plan]
+    assert lost and all(plan["drop"] == plan["expected"] == 100 for plan in lost)
+    assert all(plan["unscored"].endswith("is nan") for plan in lost)
+    assert len(lost) < len(manifest["plans"]) and (folder / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_a_metric_that_raises_late_ends_the_search_which_is_resumed(run: Run, tmp_path: Path) -> None:
+    search = fragile(tmp_path)
+    (tmp_path / "failing").touch()
+    done = run(*search, cwd=tmp_path)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and last.startswith("error: metric metric.py:same failed: ValueError: too few objects")
+    assert last.endswith("it failed for a compressed network: correct it and add --resume")
+    check_unused(tmp_path / "out" / "journal.jsonl")
+    before = (tmp_path / "out" / "journal.jsonl").read_text()
+    (tmp_path / "failing").unlink()
+    done = run(*search, "--resume", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "journal.jsonl").read_text().startswith(before)
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["accuracy"]["drop"] < 2
+
+
+@pytest.mark.slow
+def test_a_metric_that_is_no_number_for_the_dense_network_ends_the_search(run: Run, tmp_path: Path) -> None:
+    """Even if it is one for the images that it was tried on."""
+    search = [own.replace("metric.py:same", "metric.py:late") for own in fragile(tmp_path)]
+    (tmp_path / "metric.py").write_text(METRIC)
+    done = run(*search, cwd=tmp_path)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and last.startswith("error: metric "), done.stderr
+    assert last.endswith("metric.py:late of the dense network is nan; correct it or its targets")
 
 
 @pytest.mark.slow
