@@ -20,6 +20,7 @@ from tvm_lowrank.importers.from_torch import quiet, quietly
 from tvm_lowrank.importers.onnx_graph import Skeleton, channels_first, cut, inputs_of, shapes_folded, skeleton
 from tvm_lowrank.importers.onnx_names import conv_ids, linear_ids
 from tvm_lowrank.importers.onnx_operators import Importer
+from tvm_lowrank.importers.onnx_pairs import without_pairs
 from tvm_lowrank.importers.onnx_run import runner
 
 # a batch that no other dimension of a network is likely to have, for graphs that TVM imports with a fixed one only
@@ -37,10 +38,10 @@ _TYPES = {
 
 @dataclass(frozen=True, eq=False)
 class _Source:
-    """A model as it was written, and the same as one that TVM imports.
+    """A model as it was written, but for its rounding to int8, and the same as one that TVM imports.
 
-    Its input's name and shape (N, C, H, W), N being 0 if it is open; the values that the file has channels last; and
-    how coarse its numbers are.
+    Its input's name and shape (N, C, H, W), N being 0 if it is open; the values that the file has channels last; how
+    coarse its numbers are; and how many of its values are rounded to int8.
     """
 
     written: onnx.ModelProto
@@ -49,6 +50,7 @@ class _Source:
     shape: tuple[int, ...]
     turned: frozenset[str]
     coarseness: float
+    rounded: int
 
     @property
     def outputs(self) -> list[str]:
@@ -103,13 +105,14 @@ def _source(model: onnx.ModelProto, input_shape: tuple[int, ...] | None) -> _Sou
         raise UserError(f"input {inputs[0].name!r} is {dtype}, not float32; export the model in float32")
     tensors = (*model.graph.initializer, *(a.t for node in model.graph.node for a in node.attribute))
     coarseness = max([_TYPES[kind], *(_TYPES.get(tensor.data_type, 1.0) for tensor in tensors)])
+    model, rounded = without_pairs(model)
     ready, turned = quietly(
         lambda: channels_first(skeleton(model)),
         lambda e: f"cannot read the model: {condense(e)}; check it with onnx.checker.check_model",
     )
     _check_operators(ready.model)
     shape = _shape(ready.model.graph.input[0], input_shape, bool(turned))
-    return _Source(model, ready, inputs[0].name, shape, turned, coarseness)
+    return _Source(model, ready, inputs[0].name, shape, turned, coarseness, rounded)
 
 
 def _check_operators(model: onnx.ModelProto) -> None:
@@ -293,6 +296,8 @@ def _earlier(source: _Source, end: str) -> str | None:
 
 
 def _say_what_changed(source: _Source, batch: int) -> None:
+    if source.rounded:
+        phase("the file's int8 activations are read as float32; --precision int8 rounds them again")
     if source.turned:
         phase(f"the file takes {source.name!r} as N x H x W x C; here images are N x C x H x W, data may be either")
     if source.coarseness > 1:
