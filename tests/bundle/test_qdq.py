@@ -192,6 +192,36 @@ def test_equal_layers_are_kept_apart(tmp_path: Path) -> None:
     assert off(tmp_path / "model.onnx", mod) < 0.7
 
 
+class Several(nn.Module):
+    """Two inputs; of three outputs one is what a convolution reads, and one that of a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.picture, self.mask = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(1, 8, 3, padding=1)
+        self.middle, self.end = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, picture: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        x = torch.relu(self.picture(picture) + self.mask(mask))
+        y = self.middle(x)
+        return x, self.end(torch.relu(y)), y
+
+
+@pytest.mark.slow
+def test_several_inputs_and_outputs(tmp_path: Path) -> None:
+    mod = import_model(models.randomised(Several()), input_shape=((1, *SHAPE), (1, 1, *SHAPE[1:])))
+    images = [np.random.default_rng(0).standard_normal((5, n, *SHAPE[1:]), dtype=np.float32) for n in (3, 1)]
+    bridge = TorchBridge(mod)
+    x = bridge.inputs.images(images)
+    mod = calibrated(with_formats(mod, {site.id: "int8" for site in find_sites(mod)}), x)
+    model = written(mod, tmp_path)
+    assert len(in_int8(model)) == 4 and len(model.graph.input) == 2 and len(model.graph.output) == 3
+    found = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {"x_1": images[0], "x_2": images[1]})
+    wanted = bridge.outputs.parted(predict(TorchBridge(mod), x))
+    exact = bridge.outputs.parted(predict(bridge, x))
+    for got, own, other in zip(found, wanted, exact, strict=True):
+        assert np.abs(got - own).mean() < 0.5 * np.abs(own - other).mean()
+
+
 def test_what_is_not_the_network_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
