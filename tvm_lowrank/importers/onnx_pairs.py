@@ -26,10 +26,10 @@ def without_pairs(model: ModelProto) -> tuple[ModelProto, int]:
 
     A QuantizeLinear stays whose scale is not one known number, or whose result is used as whole numbers.
     """
+    if all(node.op_type != "QuantizeLinear" for node in model.graph.node):
+        return model, 0
     constants = _constants(model)
     pairs = _pairs(model, constants)
-    if not pairs:
-        return model, 0
     changed = copied(model)
     del changed.graph.node[:]
     positive: set[str] = set()
