@@ -306,9 +306,14 @@ def test_recurrent_layers_are_refused(operator: str) -> None:
 
 
 def test_int8_networks_are_refused() -> None:
-    nodes, values = between(node("QuantizeLinear", ["r", "s"], ["q"]), node("DequantizeLinear", ["q", "s"], ["u"]))
+    nodes, values = between(
+        node("QuantizeLinear", ["r", "s"], ["q"]),
+        node("ConvInteger", ["q", "w3"], ["i"]),
+        node("Cast", ["i"], ["u"], to=TensorProto.FLOAT),
+    )
+    values |= {"s": np.float32(0.1), "w3": np.ones((8, 8, 1, 1), "int8")}
     with pytest.raises(UserError, match=r"whole numbers \(QuantizeLinear\); give the float32 model"):
-        from_onnx(network(nodes, {**values, "s": np.float32(0.1)}))
+        from_onnx(network(nodes, values))
 
 
 # comparison

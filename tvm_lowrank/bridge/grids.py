@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,10 +13,12 @@ from tvm.ir import IRModule
 
 from tvm_lowrank.bridge.calibrate import batches
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
-from tvm_lowrank.data.images import Images
 from tvm_lowrank.formats import FLOAT32, FORMATS, Grid
 from tvm_lowrank.graph import bindings, chain_of, is_site
 from tvm_lowrank.precision import PLACEHOLDER, formats_of, grids_of, operand_formats, with_formats, with_grids
+
+if TYPE_CHECKING:
+    from tvm_lowrank.data.images import Images
 
 IMAGES = 256  # that are looked at
 EACH = 1024  # numbers of an image that an error is estimated by

@@ -1,8 +1,9 @@
 """The manifest of a bundle, which is the directory that is shipped: written piece by piece, then read again.
 
 ``model.so`` (compressed) and ``dense.so`` have one function ``main(x)`` for a fixed batch; ``plan.json`` says what
-became of every site; ``model.pt2`` and ``model.onnx`` are the compressed network for other tools, in float32;
-``manifest.json`` (schema 1, written last) describes the rest (``accuracy`` and ``data`` are null if there was no data):
+became of every site; ``model.pt2`` and ``model.onnx`` are the compressed network for other tools, in float32 but for
+int8 in ``model.onnx``; ``manifest.json`` (schema 1, written last) describes the rest (``accuracy`` and ``data`` are
+null if there was no data):
 
     schema, versions, model, target, budget (in the metric's unit), input_shape ([N, C, H, W] of the libraries),
     inputs, outputs (of networks with several: the shape of each, without the batch; the libraries take the inputs as

@@ -20,6 +20,7 @@ from tvm_lowrank.importers.from_torch import quiet, quietly
 from tvm_lowrank.importers.onnx_graph import Skeleton, channels_first, cut, inputs_of, shapes_folded, skeleton
 from tvm_lowrank.importers.onnx_names import conv_ids, linear_ids
 from tvm_lowrank.importers.onnx_operators import Importer
+from tvm_lowrank.importers.onnx_pairs import without_pairs
 from tvm_lowrank.importers.onnx_run import runner
 from tvm_lowrank.quantities import Shape, checked_shapes
 from tvm_lowrank.tensors import Tensors
@@ -39,10 +40,10 @@ _TYPES = {
 
 @dataclass(frozen=True, eq=False)
 class _Source:
-    """A model as it was written, and the same as one that TVM imports.
+    """A model as it was written, but for its rounding to int8, and the same as one that TVM imports.
 
-    Its inputs' shapes (N, …) by name, N being 0 if it is open; the values that the file has channels last; and how
-    coarse its numbers are.
+    Its inputs' shapes (N, …) by name, N being 0 if it is open; the values that the file has channels last; how coarse
+    its numbers are; and how many of its values are rounded to int8.
     """
 
     written: onnx.ModelProto
@@ -50,6 +51,7 @@ class _Source:
     shapes: Mapping[str, Shape]
     turned: frozenset[str]
     coarseness: float
+    rounded: int
 
     @property
     def batch(self) -> int:
@@ -115,15 +117,16 @@ def _source(model: onnx.ModelProto, given: tuple[Shape, ...] | None) -> _Source:
             dtype = onnx.TensorProto.DataType.Name(kind).lower()
             raise UserError(f"input {name!r} is {dtype}, not float32; export the model in float32")
     tensors = (*model.graph.initializer, *(a.t for node in model.graph.node for a in node.attribute))
-    rounded = [*kinds.values(), *(tensor.data_type for tensor in tensors)]
-    coarseness = max(_TYPES.get(kind, 1.0) for kind in rounded)
+    numbers = [*kinds.values(), *(tensor.data_type for tensor in tensors)]
+    coarseness = max(_TYPES.get(kind, 1.0) for kind in numbers)
+    model, rounded = without_pairs(model)
     ready, turned = quietly(
         lambda: channels_first(skeleton(model)),
         lambda e: f"cannot read the model: {condense(e)}; check it with onnx.checker.check_model",
     )
     _check_operators(ready.model)
     shapes = _shapes(ready.model.graph.input, given, bool(turned))
-    return _Source(model, ready, shapes, turned, coarseness)
+    return _Source(model, ready, shapes, turned, coarseness, rounded)
 
 
 def _check_operators(model: onnx.ModelProto) -> None:
@@ -336,6 +339,8 @@ def _earlier(source: _Source, end: str) -> str | None:
 
 
 def _say_what_changed(source: _Source, batch: int) -> None:
+    if source.rounded:
+        phase("the file's int8 activations are read as float32; --precision int8 rounds them again")
     if source.turned:
         (name,) = source.shapes
         phase(f"the file takes {name!r} as N x H x W x C; here images are N x C x H x W, data may be either")
