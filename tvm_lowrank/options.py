@@ -185,7 +185,7 @@ class TuningOptions(ConnectionOptions):
     batch: int = option("Images in one call of the library.", default=1, read=int)
     trials: int = option("Schedules tried for each kernel.", default=12, read=int)
     precision: str = option(
-        "Number format of the convolutions: float32, bfloat16 or float16 (see targets); auto is what is fastest.",
+        "Number format of the convolutions: float32, bfloat16, float16 or int8 (see targets); auto is what is fastest.",
         default="auto",
     )
 
