@@ -6,6 +6,7 @@ integers in int32. The names are those of numpy, PyTorch and TVM.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -84,12 +85,14 @@ LARGEST = 127  # absolute whole number of a weight
 class Grid:
     """The numbers that a tensor of int8 holds: ``scale`` times (q - ``zero``), where q is from 0 to 255.
 
-    The scale is a float32 number, and zero is one of the q, so that 0 is held exactly; an even one, so that rounding to
-    even is the same with it and without.
+    Between the factors of a chain, where any scale of a channel is free, those of channel c are also multiplied by
+    ``channels[c]``; elsewhere this is empty. The scale is a float32 number, and zero is one of the q, so that 0 is held
+    exactly; an even one, so that rounding to even is the same with it and without.
     """
 
     scale: float
     zero: int
+    channels: tuple[float, ...] = ()
 
     @classmethod
     def over(cls, low: float, high: float) -> Grid:
@@ -99,23 +102,39 @@ class Grid:
         return cls(float(scale), 2 * int(np.clip(round(-low / float(scale) / 2), 0, LEVELS // 2)))
 
     @property
-    def inverse(self) -> float:
-        """By what numbers are multiplied in float32 before they are rounded."""
-        return float(np.float32(1) / np.float32(self.scale))
+    def scales(self) -> np.ndarray:
+        """The scale of each channel, or one for all: float32 (1, C, 1, 1)."""
+        relative = np.asarray(self.channels or (1.0,), "float32").reshape(1, -1, 1, 1)
+        return relative * np.float32(self.scale)
+
+    @property
+    def inverses(self) -> np.ndarray:
+        """By what numbers are multiplied in float32 before they are rounded: float32 (1, C, 1, 1)."""
+        return np.float32(1) / self.scales
+
+    def by_input(self, shape: Sequence[int]) -> np.ndarray:
+        """The scales of what the numbers of a weight of this shape (OIHW) multiply: float32 (O or 1, I or 1, 1, 1)."""
+        if not self.channels:
+            return self.scales
+        outside, inside = shape[:2]
+        groups = len(self.channels) // inside
+        each = np.repeat(self.scales.reshape(groups, 1, inside), outside // groups, axis=1)
+        return each.reshape(outside, inside, 1, 1)
 
     def rounded(self, values: np.ndarray) -> np.ndarray:
-        """The nearest numbers of the grid (ties to even), as float32."""
-        steps = np.rint(values.astype("float32") * np.float32(self.inverse))
-        return np.clip(steps, -self.zero, LEVELS - self.zero) * np.float32(self.scale)
+        """The nearest numbers of the grid (ties to even), as float32; values (N, C, H, W) where channels differ."""
+        inverses, scales = (self.inverses, self.scales) if self.channels else (self.inverses.item(), self.scales.item())
+        steps = np.rint(values.astype("float32") * np.float32(inverses))
+        return np.clip(steps, -self.zero, LEVELS - self.zero) * np.float32(scales)
 
     def __str__(self) -> str:
-        return f"{self.scale!r} {self.zero}"
+        return " ".join(map(repr, (self.scale, self.zero, *self.channels)))
 
     @classmethod
     def parse(cls, text: str) -> Grid:
         """The inverse of `str`."""
-        scale, zero = text.split()
-        return cls(float(scale), int(zero))
+        scale, zero, *channels = text.split()
+        return cls(float(scale), int(zero), tuple(map(float, channels)))
 
 
 def quantised(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

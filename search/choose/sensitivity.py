@@ -16,7 +16,7 @@ from tvm.ir import IRModule
 
 from tvm_lowrank import console
 from tvm_lowrank.bridge.calibrate import each_fisher, each_moments, predict, predict_each
-from tvm_lowrank.bridge.grids import calibrated, equalised
+from tvm_lowrank.bridge.grids import calibrated
 from tvm_lowrank.bridge.ranges import largest_operands
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.data.images import Images
@@ -29,6 +29,7 @@ from tvm_lowrank.searching.candidates import candidates, site_macs
 from tvm_lowrank.searching.damage import DamageCurve, divergence, interpolated, probes, to_solve
 from tvm_lowrank.searching.fit.samples import apart, sampled
 from tvm_lowrank.searching.fit.targets import Targets, dense_outputs
+from tvm_lowrank.searching.fit.training import balanced
 from tvm_lowrank.searching.fit.waiting import Shelf, give_back
 from tvm_lowrank.searching.journal import Journal
 from tvm_lowrank.transform import replace_sites
@@ -165,8 +166,8 @@ class Sensitivity:
         return self.calibrated(replace_sites(self.mod, chains, formats=formats_in(plan)))
 
     def calibrated(self, network: IRModule) -> IRModule:
-        """A network whose chains in int8 are equalised and have grids; the sites have theirs."""
-        return calibrated(equalised(network, self._rest), self._rest, seed=self.seed)
+        """A network with grids for what its chains read in int8; the sites have theirs."""
+        return calibrated(balanced(network), self._rest, seed=self.seed)
 
     def chain(self, name: str, choice: Choice) -> Chain:
         """The chain of one candidate, decomposed by itself; it is kept."""

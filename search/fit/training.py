@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor
+from tvm import relax
 from tvm.ir import IRModule
 
 from tvm_lowrank.bridge.answers import Meaning
 from tvm_lowrank.bridge.half import Fast
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
+from tvm_lowrank.formats import FLOAT32
 from tvm_lowrank.graph import bindings, chain_of, conv_spec, is_site
 from tvm_lowrank.methods.chain import ConvSpec
 from tvm_lowrank.methods.common.balance import balance
+from tvm_lowrank.precision import formats_of, operand_formats, with_formats
 
 FEATURES = 10.0  # weight of the inputs' relative errors against the divergence in nats
 
@@ -26,7 +29,8 @@ class Learner(Fast):
     """A canonical network in training; its parameters stay float32.
 
     The factors of a chain are balanced first: a decomposition may leave one of them fifty times smaller than the
-    other, and then no learning rate fits both.
+    other, and then no learning rate fits both. Where one reads in int8 they are `balanced` already, before its grid was
+    found.
 
     Parameters
     ----------
@@ -39,7 +43,7 @@ class Learner(Fast):
     ) -> None:
         bridge = deepcopy(net) if isinstance(net, TorchBridge) else TorchBridge(net)
         if learns:
-            _balance(bridge)
+            _balance(bridge, but=_whole(bridge.function))
         super().__init__(bridge, device)
         self.bridge.requires_grad_(learns)
 
@@ -125,13 +129,30 @@ def parameter_groups(net: TorchBridge) -> list[dict[str, Any]]:
     return [{"params": params, "blocks": blocks, "share": share} for (blocks, share), params in groups.items()]
 
 
+def balanced(mod: IRModule) -> IRModule:
+    """The module with balanced factors, if some of its chains read in int8: their grids are to be found after that."""
+    function = mod["main"]
+    formats = formats_of(function)
+    if not _whole(function):
+        return mod
+    bridge = TorchBridge(with_formats(mod, dict.fromkeys(formats, FLOAT32)))
+    _balance(bridge)
+    return with_formats(bridge.to_relax(), formats)
+
+
+def _whole(function: relax.Function) -> set[str]:
+    """The chains, by their sites, of which a factor reads in int8."""
+    formats = operand_formats(function).items()
+    return {chain_of(name) for name, format in formats if format.whole and chain_of(name) != name}
+
+
 @torch.no_grad()
-def _balance(net: TorchBridge) -> None:
-    """Scale the factors of each chain until they have one norm; what the network computes stays."""
+def _balance(net: TorchBridge, but: Collection[str] = ()) -> None:
+    """Scale the factors of each chain, ``but`` of some, until they have one norm; what the network computes stays."""
     specs = _specs(net)
     chains: dict[str, list[str]] = {}
     for name in specs:
-        if chain_of(name) != name:
+        if chain_of(name) not in {name, *but}:
             chains.setdefault(chain_of(name), []).append(name)
     for names in chains.values():
         weights = [net.site_parameters(name).weight for name in names]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,8 +14,8 @@ from tvm.ir import IRModule
 
 from tvm_lowrank.bridge.calibrate import batches
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
-from tvm_lowrank.formats import FLOAT32, FORMATS, Grid
-from tvm_lowrank.graph import bindings, chain_of, is_site
+from tvm_lowrank.formats import FLOAT32, Grid
+from tvm_lowrank.graph import bindings, chain_of
 from tvm_lowrank.precision import PLACEHOLDER, formats_of, grids_of, operand_formats, with_formats, with_grids
 
 if TYPE_CHECKING:
@@ -22,28 +23,48 @@ if TYPE_CHECKING:
 
 IMAGES = 256  # that are looked at
 EACH = 1024  # numbers of an image that an error is estimated by
+SMALLEST = 1 / 64  # size of a channel, relative to the largest one: images that were not seen may have more in it
 SHARES = np.geomspace(1.0, 0.1, 24)  # of the range between the smallest and the largest
 
 
 class _Seen:
-    """A sample of the numbers in a variable, and the smallest and largest of all."""
+    """A sample of the numbers in a variable (N, C, H, W), and the smallest and largest of each channel.
 
-    def __init__(self, seed: int) -> None:
-        self.low, self.high = 0.0, 0.0
-        self.sample: list[np.ndarray] = []
+    ``inside`` says whether it is between the factors of a chain.
+    """
+
+    def __init__(self, seed: int, *, inside: bool) -> None:
+        self.inside = inside
+        self.low, self.high, self.squares = np.zeros(1), np.zeros(1), np.zeros(1)  # by channel
+        self.sample: list[np.ndarray] = []  # (C, numbers)
         self._rng = np.random.default_rng(seed)
 
     def __call__(self, values: Tensor) -> None:
-        self.low, self.high = min(self.low, float(values.min())), max(self.high, float(values.max()))
-        each = values.detach().reshape(len(values), -1)
-        taken = torch.from_numpy(self._rng.integers(each.shape[1], size=min(EACH, each.shape[1])))
-        self.sample.append(each[:, taken].numpy().ravel())
+        channels = values.detach().transpose(0, 1).flatten(1).numpy()
+        self.low, self.high = (
+            np.minimum(self.low, channels.min(axis=1)),
+            np.maximum(self.high, channels.max(axis=1)),
+        )
+        self.squares = self.squares + np.square(channels, dtype="float64").sum(axis=1)
+        count = channels.shape[1]
+        wanted = max(1, min(count, EACH * len(values) // len(channels)))
+        self.sample.append(channels[:, self._rng.integers(count, size=wanted)])
 
     def grid(self) -> Grid | None:
-        """The grid of least error; None if there was nothing but 0, or what is no number."""
-        if not np.isfinite([self.low, self.high]).all() or self.low == self.high:
+        """The grid of least error; None if there was nothing but 0, or what is no number.
+
+        Between two factors any scale of a channel is free, for nothing else depends on it. With one grid for all of
+        them, the error of their sum is least where all are equally large.
+        """
+        if not np.isfinite([*self.low, *self.high]).all() or not np.any(self.low < self.high):
             return None
-        return least_error(np.concatenate(self.sample), self.low, self.high)
+        sample = np.concatenate(self.sample, axis=1)
+        if not self.inside:
+            return least_error(sample, float(self.low.min()), float(self.high.max()))
+        sizes = np.sqrt(self.squares)
+        sizes = np.maximum(sizes / sizes.max(), SMALLEST).astype("float32")
+        low, high = (self.low / sizes).min(), (self.high / sizes).max()
+        return replace(least_error(sample / sizes[:, None], float(low), float(high)), channels=tuple(sizes.tolist()))
 
 
 def least_error(sample: np.ndarray, low: float, high: float) -> Grid:
@@ -51,45 +72,6 @@ def least_error(sample: np.ndarray, low: float, high: float) -> Grid:
     values = sample.astype("float32")
     grids = [Grid.over(share * low, share * high) for share in SHARES]
     return min(grids, key=lambda grid: float(np.mean(np.square(grid.rounded(values) - values), dtype="float64")))
-
-
-@torch.no_grad()
-def equalised(mod: IRModule, images: Images) -> IRModule:
-    """The module in which the channels between the factors of chains in int8 are about equally large on images.
-
-    What is between two factors may be scaled channel by channel, for nothing but them depends on it. With one grid for
-    all channels, the error of their sum is least where all use the whole of it.
-    """
-    function = mod["main"]
-    formats = operand_formats(function)
-    convs = {b.var: b for b in bindings(function) if is_site(b.value)}
-    pairs = {
-        binding.var.name: before.name
-        for binding in convs.values()
-        if formats.get(binding.var.name, FORMATS[FLOAT32]).whole
-        and (before := binding.value.args[0]) in convs
-        and before.name != chain_of(before.name) == chain_of(binding.var.name)
-    }
-    if not pairs:
-        return mod
-    bridge = TorchBridge(with_formats(mod, dict.fromkeys(formats_of(function), FLOAT32)))
-    squares: dict[str, Tensor] = {}
-
-    def tap(name: str, inputs: Tensor, _outputs: Tensor) -> None:
-        if name in pairs:
-            squares[name] = squares.get(name, torch.zeros(())) + inputs.double().square().sum(dim=(0, 2, 3))
-
-    for _, chunk in batches(images[:IMAGES]):
-        bridge(chunk, tap)
-    for name, before in pairs.items():
-        size = squares[name].sqrt()
-        size = torch.where(size > 0, size / size.max(), 1.0).float()
-        first, second = (bridge.site_parameters(conv).weight for conv in (before, name))
-        first.div_(size.reshape(-1, 1, 1, 1))
-        groups = len(size) // second.shape[1]
-        parts = second.reshape(groups, -1, *second.shape[1:])
-        second.copy_((parts * size.reshape(groups, 1, -1, 1, 1)).reshape(second.shape))
-    return with_formats(bridge.to_relax(), formats_of(function))
 
 
 @torch.no_grad()
@@ -116,11 +98,33 @@ def calibrated(
     bridge = TorchBridge(with_formats(mod, dict.fromkeys(formats_of(function), FLOAT32)))
     read = {b.var.name: b.value.args[0] for b in bindings(bridge.function) if b.var.name in names}
     seen: dict[relax.Var, _Seen] = {}
-    for var in read.values():
-        seen.setdefault(var, _Seen(seed))
+    for name, var in read.items():
+        inside = var.name != chain_of(var.name) == chain_of(name)
+        seen.setdefault(var, _Seen(seed, inside=inside))
     for _, chunk in batches(images[:IMAGES]):
         bridge(chunk, watch=list(seen.items()))
         advance(len(chunk))
     grids = {var: own.grid() for var, own in seen.items()}
     found = {name: grids[var] or (PLACEHOLDER if any_will_do else None) for name, var in read.items()}
     return with_grids(mod, {name: grid for name, grid in found.items() if grid is not None})
+
+
+@torch.no_grad()
+def folded(mod: IRModule) -> IRModule:
+    """The module with the scales of the channels between factors in the factors' weights, so that grids have one scale.
+
+    What it computes stays; formats of other tools have one scale for what a convolution reads.
+    """
+    function = mod["main"]
+    grids = {name: grid for name, grid in grids_of(function).items() if grid.channels}
+    if not grids:
+        return mod
+    before = {b.var.name: b.value.args[0].name for b in bindings(function) if b.var.name in grids}
+    bridge = TorchBridge(with_formats(mod, dict.fromkeys(formats_of(function), FLOAT32)))
+    for name, grid in grids.items():
+        first, second = (bridge.site_parameters(conv).weight for conv in (before[name], name))
+        alone = replace(grid, scale=1.0)
+        first.div_(torch.from_numpy(alone.scales).reshape(-1, 1, 1, 1))
+        second.mul_(torch.from_numpy(alone.by_input(second.shape)))
+    scalar = {name: replace(grid, channels=()) for name, grid in grids.items()}
+    return with_grids(with_formats(bridge.to_relax(), formats_of(function)), scalar)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from tvm_lowrank.bridge.torch_bridge import Tap, TorchBridge
+from tvm_lowrank.precision import operand_formats
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -28,13 +29,17 @@ def has_bfloat16(device: torch.device) -> bool:
 class Fast:
     """A network for images (n, C, H, W) on any device: in bfloat16 where the bridge's device computes so.
 
+    A network in int8 is computed in float32.
+
     The bridge becomes channels last: 1.6 times as fast with bfloat16 on a processor with AVX-512.
     """
 
     def __init__(self, bridge: TorchBridge, device: torch.device | None = None) -> None:
         self.device = device or torch.device("cpu")
         self.bridge = bridge.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._half = has_bfloat16(self.device)
+        # numbers on a grid are as fine as bfloat16, and would be rounded twice
+        whole = any(format.whole for format in operand_formats(bridge.function).values())
+        self._half = has_bfloat16(self.device) and not whole
 
     def __call__(self, images: Tensor, tap: Tap | None = None) -> Tensor:
         """The output, in float32; ``tap`` as in the bridge."""

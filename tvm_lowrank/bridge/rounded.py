@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,13 +34,15 @@ class _Rounded(torch.autograd.Function):
 
 
 class _OnGrid(torch.autograd.Function):
+    """Numbers (N, C, H, W) on a grid, in float32 whatever their type is."""
+
     @staticmethod
     def forward(context: Any, x: Tensor, grid: Grid) -> Tensor:
         low, high = -grid.zero, LEVELS - grid.zero
-        steps = (x * grid.inverse).round_()
+        steps = (x.float() * _like(x, grid.inverses)).round_()
         if context.needs_input_grad[0]:
             context.save_for_backward((steps >= low) & (steps <= high))
-        return steps.clamp_(low, high).mul_(grid.scale)
+        return steps.clamp_(low, high).mul_(_like(x, grid.scales)).to(x.dtype)
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -48,16 +51,20 @@ class _OnGrid(torch.autograd.Function):
 
 
 class _Weights(torch.autograd.Function):
-    """Weights (OIHW) as multiples of a scale for each output channel."""
+    """Weights (OIHW) that are whole multiples of a scale for each output channel, once a grid's scales are in them."""
 
     @staticmethod
-    def forward(_context: Any, weight: Tensor) -> Tensor:
-        whole, scales = quantised(weight)
-        return whole * scales
+    def forward(_context: Any, weight: Tensor, by_input: Tensor) -> Tensor:
+        whole, scales = quantised(weight.float() * by_input)
+        return (whole * scales / by_input).to(weight.dtype)
 
     @staticmethod
-    def backward(_context: Any, gradient: Tensor) -> Tensor:
-        return gradient
+    def backward(_context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def _like(x: Tensor, array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array).to(x.device)
 
 
 def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,9 +84,9 @@ def rounder(kept: Kept) -> Function:
 
 
 def weight_rounder(kept: Kept) -> Function:
-    """What the weights (OIHW) of a convolution become that reads what is kept so."""
+    """What the weights (OIHW) of a convolution become that reads what is kept so; for int8 see `integer_product`."""
     if kept.format.whole:
-        return lambda weight: _Weights.apply(weight)
+        return lambda weight: weight
     dtype = type_of(kept.format)
     return lambda weight: _Rounded.apply(weight, dtype)
 
@@ -90,20 +97,21 @@ def type_of(format: Format) -> torch.dtype:
 
 
 def integer_product(product: Product, grid: Grid) -> Product:
-    """A convolution of numbers on a grid with `quantised` weights, as processors compute it in integers.
+    """A convolution of numbers on a grid with weights (OIHW), which it rounds, as processors compute it in integers.
 
-    Sums are exact; gradients are those of ``product``, which is used as it is where there are any.
+    Without gradients the sums are exact. Where there are any, numbers and weights are what is multiplied, as they are
+    after rounding.
     """
 
-    def exact(x: Tensor, weight: Tensor) -> Tensor:
+    def convolve(x: Tensor, weight: Tensor) -> Tensor:
+        by_input = _like(weight, grid.by_input(weight.shape))
         if (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)) or x.dtype != torch.float32:
-            return product(x, weight)
-        whole, scales = quantised(weight)
-        steps = (x * grid.inverse).round_()
-        sums = _sums(product, steps, whole)
-        return sums.mul_((scales * grid.scale).reshape(1, -1, 1, 1))
+            return product(x, _Weights.apply(weight, by_input))
+        whole, scales = quantised(weight * by_input)
+        steps = (x * _like(x, grid.inverses)).round_()
+        return _sums(product, steps, whole).mul_(scales.reshape(1, -1, 1, 1))
 
-    return exact
+    return convolve
 
 
 def _sums(product: Product, steps: Tensor, whole: Tensor) -> Tensor:

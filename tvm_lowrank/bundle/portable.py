@@ -22,6 +22,7 @@ from tvm import relax
 from tvm.ir import IRModule
 
 from tvm_lowrank import console
+from tvm_lowrank.bridge.grids import folded
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.bundle.manifest import PORTABLE
 from tvm_lowrank.bundle.qdq import check, marks, with_pairs
@@ -65,6 +66,7 @@ def write_portable(mod: IRModule, folder: Path) -> None:
     UserError
         If a file cannot be written.
     """
+    mod = folded(mod)
     exact = with_formats(mod, dict.fromkeys(formats_of(mod["main"]), FLOAT32))
     bridge = TorchBridge(exact).eval().requires_grad_(False)
     exporter = logging.getLogger("torch.onnx")

@@ -33,9 +33,10 @@ def byte_of(target: tvm.target.Target) -> str:
 
 
 def whole(builder: relax.BlockBuilder, value: relax.Expr, grid: Grid, byte: str) -> relax.Var:
-    """A float32 value as bytes: the nearest whole numbers of a grid."""
+    """A float32 value (N, C, H, W) as bytes: the nearest whole numbers of a grid."""
     rank = len(value.ty.shape)
-    steps = builder.emit(relax.op.multiply(value, _each(grid.inverse, rank)))
+    inverses = np.broadcast_to(grid.inverses, (1, int(value.ty.shape[1]), 1, 1))
+    steps = builder.emit(relax.op.multiply(value, _constant(inverses)))
     below = builder.emit(relax.op.minimum(steps, _each(LEVELS - grid.zero, rank)))
     within = builder.emit(relax.op.maximum(below, _each(-grid.zero, rank)))
     nearest = builder.emit(relax.op.add(within, _each(ROUNDING + _zero(grid, byte), rank)))
@@ -43,17 +44,18 @@ def whole(builder: relax.BlockBuilder, value: relax.Expr, grid: Grid, byte: str)
 
 
 def numbers(builder: relax.BlockBuilder, bytes: relax.Expr, grid: Grid) -> relax.Call:
-    """Bytes as the float32 numbers of their grid."""
+    """Bytes (N, C, H, W) as the float32 numbers of their grid."""
     rank, byte = len(bytes.ty.shape), str(bytes.ty.dtype)
     steps = relax.op.subtract(relax.op.astype(bytes, FLOAT32), _each(_zero(grid, byte), rank))
-    return _rounded(builder, builder.emit(steps), _each(grid.scale, rank))
+    scales = np.broadcast_to(grid.scales, (1, int(bytes.ty.shape[1]), 1, 1))
+    return _rounded(builder, builder.emit(steps), _constant(scales))
 
 
 def convolution(
     builder: relax.BlockBuilder, bytes: relax.Expr, weight: np.ndarray, grid: Grid, spec: ConvSpec, layout: str
 ) -> relax.Call:
     """A convolution of bytes with weights (OIHW, float32), as float32; ``layout`` is that of the data."""
-    quanta, scales = quantised(weight)
+    quanta, scales = quantised(weight * grid.by_input(weight.shape))
     byte = str(bytes.ty.dtype)
     geometry = {name: getattr(spec, name) for name in ("strides", "padding", "dilation", "groups")}
     layouts = {"data_layout": layout, "kernel_layout": "OIHW", "out_layout": layout}
@@ -62,7 +64,7 @@ def convolution(
     excess = -_zero(grid, byte) * quanta.astype(SUMS).sum(axis=(1, 2, 3))
     exact = builder.emit(relax.op.add(sums, _by_channel(excess.astype(SUMS), layout)))
     products = builder.emit(relax.op.astype(exact, FLOAT32))
-    return _rounded(builder, products, _by_channel(scales * np.float32(grid.scale), layout))
+    return _rounded(builder, products, _by_channel(scales, layout))
 
 
 def zero_of(function: relax.Function, bytes: relax.Var) -> GenericConst | None:
@@ -94,6 +96,10 @@ def _zero(grid: Grid, byte: str) -> int:
 def _each(number: float, rank: int) -> GenericConst:
     """A number for all of a tensor, as an operand and not as a part of the kernel."""
     return relax.const(np.full([1] * rank, number, FLOAT32))
+
+
+def _constant(array: np.ndarray) -> GenericConst:
+    return relax.const(np.ascontiguousarray(array))
 
 
 def _by_channel(values: np.ndarray, layout: str) -> GenericConst:

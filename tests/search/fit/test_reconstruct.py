@@ -11,17 +11,19 @@ from support.models import ResNet20, randomised
 from tvm_lowrank import example
 from tvm_lowrank.bridge.answers import Answers
 from tvm_lowrank.bridge.calibrate import predict
+from tvm_lowrank.bridge.grids import calibrated
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.errors import TimeUp
 from tvm_lowrank.graph import find_sites
 from tvm_lowrank.importers.importer import import_model
 from tvm_lowrank.plan import Choice, Plan
+from tvm_lowrank.precision import grids_of, with_formats, with_grids
 from tvm_lowrank.searching.damage import divergence
 from tvm_lowrank.searching.fit import reconstruct as module
 from tvm_lowrank.searching.fit.reconstruct import affordable, reconstruct, reconstruct_if_better, varied
 from tvm_lowrank.searching.fit.refit import refit
 from tvm_lowrank.searching.fit.targets import dense_outputs
-from tvm_lowrank.searching.fit.training import Learner
+from tvm_lowrank.searching.fit.training import Learner, balanced
 from tvm_lowrank.transform import replace_sites
 
 PLAN = Plan({"conv4": Choice("channel", 16), "conv5": Choice("spatial", 16), "conv6": Choice("tucker2", (32, 32))})
@@ -109,3 +111,23 @@ def test_what_would_take_too_long_is_not_begun() -> None:
     small = import_model(randomised(ResNet20()), input_shape=(1, 3, 32, 32))
     large = import_model(randomised(ResNet20()), input_shape=(1, 3, 320, 320))
     assert affordable(small, 10**6) and not affordable(large, 1000) and affordable(large, 100)
+
+
+@pytest.mark.slow
+def test_comes_closer_in_int8(networks: tuple[IRModule, IRModule, np.ndarray, np.ndarray]) -> None:
+    """With the rounding in the loop, from factors that are not balanced; nearer than one that did not see it."""
+    dense, refitted, images, others = networks
+    formats = {site.id: "int8" for site in find_sites(dense)}
+    dense = calibrated(dense, images, names=list(formats))
+    uneven = TorchBridge(refitted)
+    with torch.no_grad():
+        uneven.site_parameters("conv5.factor1").weight.mul_(30)
+        uneven.site_parameters("conv5.factor2").weight.div_(30)
+    grids = grids_of(dense["main"])
+    network = with_grids(with_formats(uneven.to_relax(), formats), grids)
+    network = calibrated(balanced(network), images)
+    found = reconstruct(dense, network, images, passes=4)
+    assert damage(dense, found, others) < 0.9 * damage(dense, network, others)
+    blind = reconstruct(dense, with_formats(network, dict.fromkeys(formats, "float32")), images, passes=4)
+    rounded = calibrated(with_grids(with_formats(blind, formats), grids), images)
+    assert damage(dense, found, others) < 1.05 * damage(dense, rounded, others)
