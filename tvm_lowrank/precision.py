@@ -119,6 +119,13 @@ def kept_operands(function: relax.Function) -> dict[str, Kept]:
     return {name: Kept(format, grids[name] if format.whole else None) for name, format in formats.items()}
 
 
+def placeholders(mod: IRModule, *, name: str = "main") -> IRModule:
+    """The module with some grid wherever one is missing: enough to build and time it, not to compute with it."""
+    known = grids_of(mod[name])
+    missing = [conv for conv, format in operand_formats(mod[name]).items() if format.whole and conv not in known]
+    return with_grids(mod, dict.fromkeys(missing, PLACEHOLDER), name=name) if missing else mod
+
+
 def stored(function: relax.Function) -> dict[relax.Var, Kept]:
     """The variables that are kept in another format, for they are read in this one and no second.
 

@@ -12,15 +12,17 @@ from tvm.ir import IRModule
 
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.files import replaced
+from tvm_lowrank.formats import Grid
 from tvm_lowrank.plan import Plan
+from tvm_lowrank.precision import GRIDS, grids_of, with_grids
 from tvm_lowrank.transform import shaped
 
 
 class FittedNetworks:
     """The networks that a dense one became under its plans, by plan and by how they were fitted.
 
-    Only parameters are stored, as arrays of a ``.npz`` file; nothing is unpickled. Without a folder they are kept in
-    memory.
+    Only parameters and grids are stored, as arrays of a ``.npz`` file; nothing is unpickled. Without a folder they are
+    kept in memory.
     """
 
     def __init__(self, mod: IRModule, folder: Path | None = None) -> None:
@@ -54,9 +56,10 @@ class FittedNetworks:
         """The network of a file, None if there is none or it is not whole: then it is fitted again."""
         if path is None or not path.exists():
             return None
-        bridge = TorchBridge(shaped(self._mod, plan))
         try:
             with np.load(path, allow_pickle=False) as stored, torch.no_grad():
+                grids = {str(conv): Grid.parse(str(text)) for conv, text in stored[GRIDS]}
+                bridge = TorchBridge(with_grids(shaped(self._mod, plan), grids))
                 for name, parameter in bridge.named_parameters():
                     parameter.copy_(torch.from_numpy(stored[name]))
         # numpy, zipfile and zlib have exceptions of their own for damaged files
@@ -68,5 +71,7 @@ class FittedNetworks:
         if path is None:
             return
         values = {name: p.detach().numpy() for name, p in TorchBridge(mod).named_parameters()}
+        grids = grids_of(mod["main"]).items()
+        values[GRIDS] = np.array([(conv, str(grid)) for conv, grid in grids], str).reshape(-1, 2)
         with replaced(path) as file:
             np.savez(file, allow_pickle=False, **values)

@@ -19,6 +19,7 @@ from tvm_lowrank import console
 from tvm_lowrank.errors import TimeUp, UserError
 from tvm_lowrank.graph import Site
 from tvm_lowrank.plan import Choice, Plan
+from tvm_lowrank.precision import placeholders
 from tvm_lowrank.searching.choose.forecast import DELIVERY, KERNELS
 from tvm_lowrank.searching.choose.search import Search, plan_of
 from tvm_lowrank.searching.commands.deliver import (
@@ -168,7 +169,7 @@ def _measured(task: Task, text: str) -> Attempt:
 
     def measure() -> float:
         with console.timed(search.seconds, DELIVERY):
-            build_library(shaped(search.mod, plan), task.oracle, delivery, "model.so")
+            build_library(placeholders(shaped(search.mod, plan)), task.oracle, delivery, "model.so")
             latency, _ = end_to_end(delivery.out, delivery.device, rounds=ROUNDS, shape=delivery.input_shape)
         return latency["compressed"]["median"]
 
