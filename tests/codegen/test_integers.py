@@ -271,3 +271,21 @@ def test_what_tells_no_range_stays_in_float32() -> None:
     long = ConvSpec(2**13, 16, (3, 3))
     assert list(possible(long, ("float32", "int8"))) == ["float32"]
     assert list(possible(replace(long, kernel=(1, 1)), ("int8",))) == ["int8"]
+
+
+class Heads(nn.Module):
+    """Two layers of one shape that read the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(16, 2, 1), nn.Conv2d(16, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x) + torch.relu(self.second(x))
+
+
+def test_layers_of_one_shape_that_read_the_same_are_told_apart() -> None:
+    mod = canonical(network(Heads()), (16, 9, 9))
+    names = [site.id for site in find_sites(mod)]
+    found = kernels_of(with_formats(mod, dict.fromkeys(names, "int8")), batch=1, target=TARGET)
+    assert sorted(name for _, name in found if name) == sorted(names)

@@ -119,7 +119,8 @@ def test_libraries_compute_what_torch_computes(bundle: Path) -> None:
         expected = example.model()(torch.from_numpy(images)).numpy()
     dense = tvm_lowrank.load(bundle, which="dense")
     formats = {site["dense_format"] for site in dense.manifest["sites"]}
-    bound = 1e-4 if formats == {"float32"} else 4 * max(FORMATS[format].roundoff for format in formats)
+    # each layer adds its rounding
+    bound = 1e-4 if formats == {"float32"} else 10 * max(FORMATS[format].roundoff for format in formats)
     np.testing.assert_allclose(dense(images), expected, atol=bound * np.abs(expected).max())
     compressed = tvm_lowrank.load(bundle)(images)
     assert np.mean(compressed.argmax(1) == expected.argmax(1)) > 0.7
