@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import ml_dtypes
 import numpy as np
@@ -101,13 +102,13 @@ class Grid:
         scale = np.float32(max((high - low) / LEVELS, float(np.finfo(np.float32).tiny)))
         return cls(float(scale), 2 * int(np.clip(round(-low / float(scale) / 2), 0, LEVELS // 2)))
 
-    @property
+    @cached_property
     def scales(self) -> np.ndarray:
         """The scale of each channel, or one for all: float32 (1, C, 1, 1)."""
         relative = np.asarray(self.channels or (1.0,), "float32").reshape(1, -1, 1, 1)
         return relative * np.float32(self.scale)
 
-    @property
+    @cached_property
     def inverses(self) -> np.ndarray:
         """By what numbers are multiplied in float32 before they are rounded: float32 (1, C, 1, 1)."""
         return np.float32(1) / self.scales

@@ -44,6 +44,11 @@ def with_formats(mod: IRModule, formats: Mapping[str, str], *, name: str = "main
     return with_attribute(mod, ATTRIBUTE, chosen, name=name)
 
 
+def without_formats(mod: IRModule, *, name: str = "main") -> IRModule:
+    """A copy of the module whose function computes everything in float32."""
+    return with_formats(mod, dict.fromkeys(formats_of(mod[name]), FLOAT32), name=name)
+
+
 def formats_of(function: relax.Function) -> dict[str, str]:
     """Site to the name of its format, where that is not float32."""
     attributes = function.attrs or {}
@@ -83,6 +88,11 @@ def operand_formats(function: relax.Function) -> dict[str, Format]:
     }
 
 
+def has_integers(function: relax.Function) -> bool:
+    """Whether a convolution is computed in whole numbers."""
+    return any(format.whole for format in operand_formats(function).values())
+
+
 @dataclass(frozen=True)
 class Kept:
     """How the numbers are kept that a convolution reads: in a format, and on a grid where that has whole numbers."""
@@ -99,8 +109,18 @@ def with_grids(mod: IRModule, grids: Mapping[str, Grid], *, name: str = "main") 
 
 def grids_of(function: relax.Function) -> dict[str, Grid]:
     """The grids of what convolutions read in int8, by their names."""
+    return parsed(grid_texts(function))
+
+
+def grid_texts(function: relax.Function) -> dict[str, str]:
+    """`grids_of` as texts, to be stored or sent."""
     attributes = function.attrs or {}
-    return {str(conv): Grid.parse(str(text)) for conv, text in attributes.get(GRIDS, {}).items()}
+    return {str(conv): str(text) for conv, text in attributes.get(GRIDS, {}).items()}
+
+
+def parsed(texts: Mapping[str, str]) -> dict[str, Grid]:
+    """The grids that `grid_texts` wrote."""
+    return {conv: Grid.parse(text) for conv, text in texts.items()}
 
 
 def kept_operands(function: relax.Function) -> dict[str, Kept]:
@@ -112,7 +132,7 @@ def kept_operands(function: relax.Function) -> dict[str, Kept]:
         If a convolution in int8 has no grid.
     """
     formats = operand_formats(function)
-    grids = grids_of(function) if any(format.whole for format in formats.values()) else {}
+    grids = grids_of(function)
     missing = [name for name, format in formats.items() if format.whole and name not in grids]
     if missing:
         raise ValueError(f"no grid for {', '.join(missing)}; tvm_lowrank.bridge.grids.calibrated finds them")

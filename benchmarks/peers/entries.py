@@ -29,9 +29,10 @@ from tvm_lowrank.formats import FLOAT32, FORMATS
 from tvm_lowrank.graph import Site, find_sites
 from tvm_lowrank.importers.importer import import_model
 from tvm_lowrank.plan import Plan
-from tvm_lowrank.precision import possible, with_formats
+from tvm_lowrank.precision import grids_of, with_formats
 from tvm_lowrank.reference import load_object, summary
 from tvm_lowrank.searching.candidates import candidates, site_macs
+from tvm_lowrank.searching.choose.allowed import Allowed
 from tvm_lowrank.searching.latency.oracle import LatencyOracle
 from tvm_lowrank.searching.latency.times import SiteTimes
 from tvm_lowrank.targets.profile import load_profile
@@ -116,7 +117,7 @@ def named(name: str, folder: Path, *, threads: int, cache: Path, count: int, bud
         fractions = [name for name in profile.formats if not FORMATS[name].whole]
         built: list[tuple[str, Mapping[str, str], IRModule]] = [("dense", {}, mod)]
         for allowed in (fractions, profile.formats):
-            formats = times.fastest_dense(partial(_possible, allowed)).formats
+            formats = times.fastest_dense(Allowed(allowed, gridded=grids_of(mod["main"]))).formats
             if formats and formats != built[-1][1]:
                 built.append(("dense", formats, with_formats(mod, formats)))
         formats = built[-1][1]
@@ -131,10 +132,6 @@ def named(name: str, folder: Path, *, threads: int, cache: Path, count: int, bud
             link(module, path, shape[0], oracle)
             libraries.append(library(path, own.values(), which))
     return Entry(net, shape, pictures, tuple(libraries), compressed)
-
-
-def _possible(formats: Sequence[str], site: Site) -> Sequence[str]:
-    return possible(site.spec, formats)
 
 
 def network(name: str) -> nn.Module:

@@ -12,9 +12,8 @@ from tvm.ir import IRModule
 
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.files import replaced
-from tvm_lowrank.formats import Grid
 from tvm_lowrank.plan import Plan
-from tvm_lowrank.precision import GRIDS, grids_of, with_grids
+from tvm_lowrank.precision import GRIDS, grid_texts, parsed, with_grids
 from tvm_lowrank.transform import shaped
 
 
@@ -58,7 +57,7 @@ class FittedNetworks:
             return None
         try:
             with np.load(path, allow_pickle=False) as stored, torch.no_grad():
-                grids = {str(conv): Grid.parse(str(text)) for conv, text in stored[GRIDS]}
+                grids = parsed(dict(stored[GRIDS].tolist()))
                 bridge = TorchBridge(with_grids(shaped(self._mod, plan), grids))
                 for name, parameter in bridge.named_parameters():
                     parameter.copy_(torch.from_numpy(stored[name]))
@@ -71,7 +70,6 @@ class FittedNetworks:
         if path is None:
             return
         values = {name: p.detach().numpy() for name, p in TorchBridge(mod).named_parameters()}
-        grids = grids_of(mod["main"]).items()
-        values[GRIDS] = np.array([(conv, str(grid)) for conv, grid in grids], str).reshape(-1, 2)
+        values[GRIDS] = np.array(list(grid_texts(mod["main"]).items()), str).reshape(-1, 2)
         with replaced(path) as file:
             np.savez(file, allow_pickle=False, **values)

@@ -20,11 +20,10 @@ from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.data.images import Images
 from tvm_lowrank.data.training_data import Batches
 from tvm_lowrank.errors import TimeUp
-from tvm_lowrank.formats import Grid
 from tvm_lowrank.graph import find_sites
 from tvm_lowrank.methods import Chain
 from tvm_lowrank.plan import Choice, Plan, formats_in
-from tvm_lowrank.precision import grids_of, with_grids
+from tvm_lowrank.precision import grid_texts, parsed, with_grids
 from tvm_lowrank.searching.choose.fitted import FittedNetworks
 from tvm_lowrank.searching.choose.sensitivity import Sensitivity
 from tvm_lowrank.searching.fit.finetune import Judged, Settings, finetune
@@ -225,7 +224,7 @@ class Networks:
 
 def _started(plan: Plan, function: relax.Function) -> str:
     """What other workers must know of a network that is trained, besides its parameters."""
-    return json.dumps({"plan": plan.to_json(), "grids": {c: str(grid) for c, grid in grids_of(function).items()}})
+    return json.dumps({"plan": plan.to_json(), "grids": grid_texts(function)})
 
 
 def follow(mod: IRModule, training: Training) -> None:
@@ -236,8 +235,7 @@ def follow(mod: IRModule, training: Training) -> None:
 
     while (text := training.workers.of_first(str)) is not None:
         begun = json.loads(text)
-        grids = {conv: Grid.parse(grid) for conv, grid in begun["grids"].items()}
-        bridge = TorchBridge(with_grids(shaped(mod, Plan.from_json(begun["plan"])), grids))
+        bridge = TorchBridge(with_grids(shaped(mod, Plan.from_json(begun["plan"])), parsed(begun["grids"])))
         with suppress(TimeUp):
             training.run(bridge, TorchBridge(mod), nobody, Path(), float("inf"))
 

@@ -16,11 +16,10 @@ from tvm.ir import IRModule
 from tvm_lowrank.bridge.answers import Meaning
 from tvm_lowrank.bridge.half import Fast
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
-from tvm_lowrank.formats import FLOAT32
 from tvm_lowrank.graph import bindings, chain_of, conv_spec, is_site
 from tvm_lowrank.methods.chain import ConvSpec
 from tvm_lowrank.methods.common.balance import balance
-from tvm_lowrank.precision import formats_of, operand_formats, with_formats
+from tvm_lowrank.precision import formats_of, operand_formats, with_formats, without_formats
 
 FEATURES = 10.0  # weight of the inputs' relative errors against the divergence in nats
 
@@ -132,12 +131,11 @@ def parameter_groups(net: TorchBridge) -> list[dict[str, Any]]:
 def balanced(mod: IRModule) -> IRModule:
     """The module with balanced factors, if some of its chains read in int8: their grids are to be found after that."""
     function = mod["main"]
-    formats = formats_of(function)
     if not _whole(function):
         return mod
-    bridge = TorchBridge(with_formats(mod, dict.fromkeys(formats, FLOAT32)))
+    bridge = TorchBridge(without_formats(mod))
     _balance(bridge)
-    return with_formats(bridge.to_relax(), formats)
+    return with_formats(bridge.to_relax(), formats_of(function))
 
 
 def _whole(function: relax.Function) -> set[str]:

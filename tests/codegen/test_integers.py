@@ -11,6 +11,7 @@ import torch
 import tvm
 from torch import nn
 
+from support.lowering_networks import LAYERS as KINDS
 from support.lowering_networks import canonical, expected, network, run, sample
 from tvm_lowrank.bridge.grids import calibrated, folded, least_error
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
@@ -31,18 +32,8 @@ from tvm_lowrank.targets.profile import load_profile
 from tvm_lowrank.transform import replace_sites
 
 TARGET = load_profile("x86").tvm_target()
-LAYERS = {
-    "padded": nn.Conv2d(16, 32, 3, padding=1),
-    "pointwise": nn.Conv2d(16, 48, 1),
-    "column": nn.Conv2d(16, 16, (3, 1), padding=(1, 0), bias=False),
-    "strided and dilated": nn.Conv2d(16, 16, 3, stride=2, padding=2, dilation=2),
-    "grouped": nn.Conv2d(32, 64, 3, padding=1, groups=2),
-    "odd channels": nn.Conv2d(17, 29, 3, padding=1),
-    "odd groups": nn.Conv2d(18, 32, 1, groups=2),
-    "input": nn.Conv2d(3, 32, 5, stride=2, padding=2),
-    "depthwise": nn.Conv2d(48, 48, 3, padding=1, groups=48),
-    "long": nn.Conv2d(1024, 16, 3, padding=1),  # its sums may be beyond what float32 holds exactly
-}
+# and one whose sums may be beyond what float32 holds exactly
+LAYERS = {**KINDS, "long": nn.Conv2d(1024, 16, 3, padding=1)}
 
 
 class Residual(nn.Module):

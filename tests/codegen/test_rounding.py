@@ -14,7 +14,7 @@ from torch import nn
 from tvm import te
 from tvm.s_tir.transform import RemoveWeightLayoutRewriteBlock
 
-from support.lowering_networks import canonical, expected, network, run, sample
+from support.lowering_networks import LAYERS, canonical, expected, network, run, sample
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.codegen import schedule
 from tvm_lowrank.codegen.kept import as_kept, narrowed, widened
@@ -28,17 +28,6 @@ from tvm_lowrank.searching.latency.tiles import register_tiles, variants
 from tvm_lowrank.targets.profile import load_profile
 
 TARGET = load_profile("x86").tvm_target()
-LAYERS = {
-    "padded": nn.Conv2d(16, 32, 3, padding=1),
-    "pointwise": nn.Conv2d(16, 48, 1),
-    "column": nn.Conv2d(16, 16, (3, 1), padding=(1, 0), bias=False),
-    "strided and dilated": nn.Conv2d(16, 16, 3, stride=2, padding=2, dilation=2),
-    "grouped": nn.Conv2d(32, 64, 3, padding=1, groups=2),
-    "odd channels": nn.Conv2d(17, 29, 3, padding=1),
-    "odd groups": nn.Conv2d(18, 32, 1, groups=2),
-    "input": nn.Conv2d(3, 32, 5, stride=2, padding=2),
-    "depthwise": nn.Conv2d(48, 48, 3, padding=1, groups=48),
-}
 
 
 class Residual(nn.Module):

@@ -8,6 +8,19 @@ from tvm import relax
 from tvm.relax import transform
 from tvm.relax.frontend.torch import from_exported_program
 
+# one convolution of each kind
+LAYERS = {
+    "padded": nn.Conv2d(16, 32, 3, padding=1),
+    "pointwise": nn.Conv2d(16, 48, 1),
+    "column": nn.Conv2d(16, 16, (3, 1), padding=(1, 0), bias=False),
+    "strided and dilated": nn.Conv2d(16, 16, 3, stride=2, padding=2, dilation=2),
+    "grouped": nn.Conv2d(32, 64, 3, padding=1, groups=2),
+    "odd channels": nn.Conv2d(17, 29, 3, padding=1),
+    "odd groups": nn.Conv2d(18, 32, 1, groups=2),
+    "input": nn.Conv2d(3, 32, 5, stride=2, padding=2),
+    "depthwise": nn.Conv2d(48, 48, 3, padding=1, groups=48),
+}
+
 
 def canonical(net: nn.Module, shape: tuple[int, ...]) -> tvm.IRModule:
     """A torch module as a Relax module with a symbolic batch."""

@@ -32,6 +32,25 @@ float Widened(const uint8_t* from) {
   return value;
 }
 
+// To each sum, `add` adds the products of four bytes of a row and of a column, step by step.
+template <typename Sum, typename Add>
+void AddProducts(uint8_t sums, uint8_t left, uint8_t right, Add add) {
+  Must(tiles.shaped, "not shaped");
+  ++products;
+  Must(tiles.rows[sums] == tiles.rows[left] && tiles.bytes[sums] == tiles.bytes[right], "shapes do not fit");
+  Must(tiles.bytes[left] == 4 * tiles.rows[right], "the reductions do not fit");
+  for (int row = 0; row < tiles.rows[sums]; ++row) {
+    for (int column = 0; column < tiles.bytes[sums] / 4; ++column) {
+      Sum sum;
+      std::memcpy(&sum, tiles.data[sums][row] + 4 * column, sizeof sum);
+      for (int step = 0; step < tiles.rows[right]; ++step) {
+        sum = add(tiles.data[left][row] + 4 * step, tiles.data[right][step] + 4 * column, sum);
+      }
+      std::memcpy(tiles.data[sums][row] + 4 * column, &sum, sizeof sum);
+    }
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -78,43 +97,17 @@ void emulated_tilestored64(uint8_t tile, uint8_t* to, int64_t stride) {
 int64_t emulated_products() { return products; }
 
 void emulated_tdpbf16ps(uint8_t sums, uint8_t left, uint8_t right) {
-  Must(tiles.shaped, "not shaped");
-  ++products;
-  Must(tiles.rows[sums] == tiles.rows[left] && tiles.bytes[sums] == tiles.bytes[right], "shapes do not fit");
-  Must(tiles.bytes[left] == 4 * tiles.rows[right], "the reductions do not fit");
-  for (int row = 0; row < tiles.rows[sums]; ++row) {
-    for (int column = 0; column < tiles.bytes[sums] / 4; ++column) {
-      float sum;
-      std::memcpy(&sum, tiles.data[sums][row] + 4 * column, sizeof sum);
-      for (int step = 0; step < tiles.rows[right]; ++step) {
-        for (int byte : {0, 2}) {
-          sum += Widened(tiles.data[left][row] + 4 * step + byte) * Widened(tiles.data[right][step] + 4 * column + byte);
-        }
-      }
-      std::memcpy(tiles.data[sums][row] + 4 * column, &sum, sizeof sum);
-    }
-  }
+  AddProducts<float>(sums, left, right, [](const uint8_t* a, const uint8_t* b, float sum) {
+    for (int byte : {0, 2}) sum += Widened(a + byte) * Widened(b + byte);
+    return sum;
+  });
 }
 
 void emulated_tdpbusd(uint8_t sums, uint8_t left, uint8_t right) {
-  Must(tiles.shaped, "not shaped");
-  ++products;
-  Must(tiles.rows[sums] == tiles.rows[left] && tiles.bytes[sums] == tiles.bytes[right], "shapes do not fit");
-  Must(tiles.bytes[left] == 4 * tiles.rows[right], "the reductions do not fit");
-  for (int row = 0; row < tiles.rows[sums]; ++row) {
-    for (int column = 0; column < tiles.bytes[sums] / 4; ++column) {
-      int32_t sum;
-      std::memcpy(&sum, tiles.data[sums][row] + 4 * column, sizeof sum);
-      for (int step = 0; step < tiles.rows[right]; ++step) {
-        for (int byte = 0; byte < 4; ++byte) {
-          const uint8_t a = tiles.data[left][row][4 * step + byte];
-          const auto b = static_cast<int8_t>(tiles.data[right][step][4 * column + byte]);
-          sum += int32_t{a} * int32_t{b};
-        }
-      }
-      std::memcpy(tiles.data[sums][row] + 4 * column, &sum, sizeof sum);
-    }
-  }
+  AddProducts<int32_t>(sums, left, right, [](const uint8_t* a, const uint8_t* b, int32_t sum) {
+    for (int byte = 0; byte < 4; ++byte) sum += int32_t{a[byte]} * int32_t{static_cast<int8_t>(b[byte])};
+    return sum;
+  });
 }
 
 }  // extern "C"

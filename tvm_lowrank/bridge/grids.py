@@ -14,9 +14,17 @@ from tvm.ir import IRModule
 
 from tvm_lowrank.bridge.calibrate import batches
 from tvm_lowrank.bridge.torch_bridge import TorchBridge
-from tvm_lowrank.formats import FLOAT32, Grid
+from tvm_lowrank.formats import Grid
 from tvm_lowrank.graph import bindings, chain_of
-from tvm_lowrank.precision import PLACEHOLDER, formats_of, grids_of, operand_formats, with_formats, with_grids
+from tvm_lowrank.precision import (
+    PLACEHOLDER,
+    formats_of,
+    grids_of,
+    operand_formats,
+    with_formats,
+    with_grids,
+    without_formats,
+)
 
 if TYPE_CHECKING:
     from tvm_lowrank.data.images import Images
@@ -41,10 +49,8 @@ class _Seen:
 
     def __call__(self, values: Tensor) -> None:
         channels = values.detach().transpose(0, 1).flatten(1).numpy()
-        self.low, self.high = (
-            np.minimum(self.low, channels.min(axis=1)),
-            np.maximum(self.high, channels.max(axis=1)),
-        )
+        self.low = np.minimum(self.low, channels.min(axis=1))
+        self.high = np.maximum(self.high, channels.max(axis=1))
         self.squares = self.squares + np.square(channels, dtype="float64").sum(axis=1)
         count = channels.shape[1]
         wanted = max(1, min(count, EACH * len(values) // len(channels)))
@@ -95,7 +101,7 @@ def calibrated(
         names = set(whole) - set(grids_of(function)) if whole else ()
     if not names:
         return mod
-    bridge = TorchBridge(with_formats(mod, dict.fromkeys(formats_of(function), FLOAT32)))
+    bridge = TorchBridge(without_formats(mod))
     read = {b.var.name: b.value.args[0] for b in bindings(bridge.function) if b.var.name in names}
     seen: dict[relax.Var, _Seen] = {}
     for name, var in read.items():
@@ -120,7 +126,7 @@ def folded(mod: IRModule) -> IRModule:
     if not grids:
         return mod
     before = {b.var.name: b.value.args[0].name for b in bindings(function) if b.var.name in grids}
-    bridge = TorchBridge(with_formats(mod, dict.fromkeys(formats_of(function), FLOAT32)))
+    bridge = TorchBridge(without_formats(mod))
     for name, grid in grids.items():
         first, second = (bridge.site_parameters(conv).weight for conv in (before[name], name))
         alone = replace(grid, scale=1.0)

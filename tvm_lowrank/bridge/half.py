@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from tvm_lowrank.bridge.torch_bridge import Tap, TorchBridge
-from tvm_lowrank.precision import operand_formats
+from tvm_lowrank.precision import has_integers
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -38,8 +38,7 @@ class Fast:
         self.device = device or torch.device("cpu")
         self.bridge = bridge.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         # numbers on a grid are as fine as bfloat16, and would be rounded twice
-        whole = any(format.whole for format in operand_formats(bridge.function).values())
-        self._half = has_bfloat16(self.device) and not whole
+        self._half = has_bfloat16(self.device) and not has_integers(bridge.function)
 
     def __call__(self, images: Tensor, tap: Tap | None = None) -> Tensor:
         """The output, in float32; ``tap`` as in the bridge."""

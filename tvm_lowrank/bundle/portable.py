@@ -27,8 +27,7 @@ from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.bundle.manifest import PORTABLE
 from tvm_lowrank.bundle.qdq import check, marks, with_pairs
 from tvm_lowrank.files import replaced
-from tvm_lowrank.formats import FLOAT32
-from tvm_lowrank.precision import formats_of, with_formats
+from tvm_lowrank.precision import without_formats
 from tvm_lowrank.reference import summary
 from tvm_lowrank.tensors import Tensors
 
@@ -67,7 +66,7 @@ def write_portable(mod: IRModule, folder: Path) -> None:
         If a file cannot be written.
     """
     mod = folded(mod)
-    exact = with_formats(mod, dict.fromkeys(formats_of(mod["main"]), FLOAT32))
+    exact = without_formats(mod)
     bridge = TorchBridge(exact).eval().requires_grad_(False)
     exporter = logging.getLogger("torch.onnx")
     level, unwritten = exporter.level, list(PORTABLE)

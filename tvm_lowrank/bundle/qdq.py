@@ -20,7 +20,7 @@ from tvm_lowrank.bridge.torch_bridge import TorchBridge
 from tvm_lowrank.formats import FLOAT32, FORMATS, Grid, quantised
 from tvm_lowrank.graph import Site, bias_adds, bindings, find_sites
 from tvm_lowrank.importers.onnx_run import runner
-from tvm_lowrank.precision import formats_of, kept_operands, stored, with_formats
+from tvm_lowrank.precision import formats_of, kept_operands, stored, with_formats, without_formats
 
 _ROUNDING = 1e-4  # of the outputs
 _IMAGES = 4
@@ -210,7 +210,7 @@ def check(model: ModelProto, mod: IRModule) -> None:
     """
     formats = formats_of(mod["main"])
     half = [site for site, format in formats.items() if not FORMATS[format].whole]
-    mods = mod, with_formats(mod, dict.fromkeys(half, FLOAT32)), with_formats(mod, dict.fromkeys(formats, FLOAT32))
+    mods = mod, with_formats(mod, dict.fromkeys(half, FLOAT32)), without_formats(mod)
     bridges = [TorchBridge(own) for own in mods]
     inputs, rng = bridges[0].inputs, np.random.default_rng(0)
     images = [rng.standard_normal((_IMAGES, *shape), dtype=np.float32) for shape in inputs.shapes]

@@ -27,7 +27,7 @@ from tvm_lowrank.codegen.schedule import Tiling
 from tvm_lowrank.codegen.vectors import CONV2D, conv2d, integer_convolutions, vectorise_groups
 from tvm_lowrank.formats import FLOAT32, FORMATS, LARGEST
 from tvm_lowrank.graph import bindings, is_site
-from tvm_lowrank.precision import PLACEHOLDER, operand_formats, with_grids
+from tvm_lowrank.precision import PLACEHOLDER, has_integers, operand_formats, with_grids
 
 # Part of the key of every cache of measurements: raise it when lowering or the schedule template changes.
 LOWERING_VERSION = 5
@@ -67,7 +67,7 @@ def lower(mod: IRModule, *, batch: int, target: tvm.target.Target) -> IRModule:
         mod = transform.BindSymbolicVars({dimension.name: batch}, "main")(mod)
     legalisations = {CONV2D.name: conv2d(target), ASTYPE.name: astype}
     integers: list[tvm.transform.Pass] = []
-    if any(format.whole for format in operand_formats(mod["main"]).values()):
+    if has_integers(mod["main"]):
         integers = [integer_convolutions(target)]
     passes = [
         round_operands(target),
@@ -194,8 +194,9 @@ def _mark(constants: list[np.ndarray]) -> int:
         if format is None or format.whole:
             continue
         bits = int(constant.max(initial=0).astype(constant.dtype).view(f"uint{8 * format.bytes}"))
-        marks = [MARKS["int8"]] if format.name == FLOAT32 and bits >= MARKS["int8"][0] else [MARKS[format.name]]
-        numbers += [(bits - first) // step for first, step in marks if bits >= first]
+        scale = format.name == FLOAT32 and bits >= MARKS["int8"][0]
+        first, step = MARKS["int8" if scale else format.name]
+        numbers += [(bits - first) // step] if bits >= first else []
     [number] = numbers
     return number
 

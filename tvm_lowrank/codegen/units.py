@@ -16,7 +16,7 @@ import tvm
 from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as T
 
-from tvm_lowrank.codegen.kept import widened
+from tvm_lowrank.codegen.kept import SUMS, kept, widened
 from tvm_lowrank.formats import FLOAT32, FORMATS, Format
 
 
@@ -24,6 +24,9 @@ def inlined(target: tvm.target.Target, group: int) -> str:
     """A group of attributes in LLVM IR: functions that have it are inlined, for their processor is their caller's."""
     cpu, features = str(target.attrs.get("mcpu", "")), ",".join(map(str, target.attrs.get("mattr", ())))
     return f'attributes #{group} = {{ alwaysinline nounwind "target-cpu"="{cpu}" "target-features"="{features}" }}'
+
+
+ELEMENTS = {"bfloat16": "bfloat", "int8": "i8"}  # LLVM's types of what is multiplied
 
 
 @dataclass(frozen=True)
@@ -42,24 +45,39 @@ class Unit:
         What the processor must have, in LLVM's words.
     instruction
         LLVM's name of it.
-    element
-        LLVM's type of an operand.
-    left, right, sums
-        How the numbers for all lanes are kept, those for each lane, and what is added up.
+    signed
+        Whether bytes that are the same for all lanes are signed; those for each lane always are.
     """
 
     name: str
     format: str
     features: frozenset[str]
     instruction: str
-    element: str
     lanes: int
     depth: int
     rows: int = 1
     steps: int = 1
-    left: str = "uint16"
-    right: str = "uint16"
-    sums: str = "float32"
+    signed: bool = False
+
+    @property
+    def element(self) -> str:
+        """LLVM's type of an operand."""
+        return ELEMENTS[self.format]
+
+    @property
+    def left(self) -> str:
+        """How the numbers are kept that are the same for all lanes."""
+        return self.right if self.signed or not FORMATS[self.format].whole else "uint8"
+
+    @property
+    def right(self) -> str:
+        """How the numbers are kept of each lane."""
+        return kept(self.format)
+
+    @property
+    def sums(self) -> str:
+        """What is added up."""
+        return SUMS if FORMATS[self.format].whole else FLOAT32
 
     @property
     def function(self) -> str:
@@ -95,7 +113,6 @@ UNITS = {
             format="bfloat16",
             features=frozenset({"avx512bf16"}),
             instruction="llvm.x86.avx512bf16.dpbf16ps.512",
-            element="bfloat",
             lanes=16,
             depth=2,
         ),
@@ -104,7 +121,6 @@ UNITS = {
             format="bfloat16",
             features=frozenset({"bf16", "neon"}),
             instruction="llvm.aarch64.neon.bfdot.v4f32.v8bf16",
-            element="bfloat",
             lanes=4,
             depth=2,
         ),
@@ -113,7 +129,6 @@ UNITS = {
             format="bfloat16",
             features=frozenset({"amx-bf16", "amx-tile"}),
             instruction="llvm.x86.tdpbf16ps",
-            element="bfloat",
             lanes=16,
             depth=2,
             rows=16,
@@ -124,50 +139,35 @@ UNITS = {
             format="int8",
             features=frozenset({"avx512vnni"}),
             instruction="llvm.x86.avx512.vpdpbusd.512",
-            element="i8",
             lanes=16,
             depth=4,
-            left="uint8",
-            right="int8",
-            sums="int32",
         ),
         Unit(
             name="avx_vnni",
             format="int8",
             features=frozenset({"avxvnni"}),
             instruction="llvm.x86.avx512.vpdpbusd.256",
-            element="i8",
             lanes=8,
             depth=4,
-            left="uint8",
-            right="int8",
-            sums="int32",
         ),
         Unit(
             name="amx_int8",
             format="int8",
             features=frozenset({"amx-int8", "amx-tile"}),
             instruction="llvm.x86.tdpbusd",
-            element="i8",
             lanes=16,
             depth=4,
             rows=16,
             steps=16,
-            left="uint8",
-            right="int8",
-            sums="int32",
         ),
         Unit(
             name="arm_dotprod",
             format="int8",
             features=frozenset({"dotprod", "neon"}),
             instruction="llvm.aarch64.neon.sdot.v4i32.v16i8",
-            element="i8",
             lanes=4,
             depth=4,
-            left="int8",
-            right="int8",
-            sums="int32",
+            signed=True,
         ),
     )
 }

@@ -83,7 +83,6 @@ def integer_convolutions(target: tvm.target.Target) -> tvm.transform.Pass:
     @tvm.transform.module_pass(opt_level=0, name="IntegerConvolutions")
     def legalise(mod: IRModule, _context: tvm.transform.PassContext) -> IRModule:
         rewriter = _Integers(mod, mod["main"], lanes, present)
-        changed = IRModule(dict(mod.functions_items()), attrs=mod.attrs)
         function = rewriter.visit_expr(mod["main"])
         changed = rewriter.builder_.get()
         changed.update_func(changed.get_global_var("main"), function)
